@@ -111,7 +111,7 @@ def _btrfs(head: bytes) -> Superblock | None:
     return Superblock("btrfs", 1, total_bytes, _uuid(raw, 32))
 
 
-# struct btrfs_super_block: the bytes that the checksum covers begin behind it. Flags from bit 32 on: a seed, a dump of
+# Offsets in struct btrfs_super_block. The checksum covers what is behind it. Flags from bit 32 on: a seed, a dump of
 # metadata, or a conversion that another program did not finish.
 _BTRFS_SUM_BYTES, _BTRFS_DEVICES, _BTRFS_FEATURES, _BTRFS_SUM_TYPE, _BTRFS_METADATA_UUID = 32, 136, 188, 196, 571
 _METADATA_UUID = 1 << 10
@@ -126,26 +126,41 @@ BTRFS_COPIES = (_BTRFS_AT, 64 << 20, 256 << 30)
 BTRFS_COPY_BYTES = 4096
 
 
-def with_btrfs_uuid(copy: bytes, offset: int, new_uuid: str) -> bytes | None:
-    """Return the copy of a btrfs superblock at `offset` with another uuid, by the feature METADATA_UUID (Linux 5.0).
+def with_btrfs_uuid(copies: Mapping[int, bytes], new_uuid: str) -> dict[int, bytes]:
+    """Return the copies of a btrfs superblock, by offset, with another uuid (feature METADATA_UUID, Linux 5.0).
 
-    The blocks of metadata keep the former one. None for a copy that is invalid, of several devices, or of a kind that
-    is not known.
+    The blocks of metadata keep the former one. A copy that is invalid or of another filesystem is left out. Empty when
+    the first one is invalid, of several devices, or of a kind that is not known.
     """
-    made = bytearray(copy)
-    former, own_offset, flags, magic = struct.unpack_from("<16sQQ8s", made, _BTRFS_SUM_BYTES)
-    (devices,), (features,) = (struct.unpack_from("<Q", made, at) for at in (_BTRFS_DEVICES, _BTRFS_FEATURES))
-    checksum = _BTRFS_SUMS.get(struct.unpack_from("<H", made, _BTRFS_SUM_TYPE)[0])
-    if magic != _BTRFS_MAGIC or own_offset != offset or flags >> 32 or devices != 1 or checksum is None:
-        return None
-    if not copy.startswith(checksum(copy[_BTRFS_SUM_BYTES:])):
-        return None
-    if not features & _METADATA_UUID:
-        struct.pack_into("<16s", made, _BTRFS_METADATA_UUID, former)
+    changed, metadata_uuid = {}, _metadata_uuid(copies[_BTRFS_AT])
+    for offset, copy in copies.items():
+        checksum = _btrfs_checksum(copy, offset)
+        if checksum is None or _metadata_uuid(copy) != metadata_uuid:
+            continue
+        made = bytearray(copy)
+        (features,) = struct.unpack_from("<Q", made, _BTRFS_FEATURES)
         struct.pack_into("<Q", made, _BTRFS_FEATURES, features | _METADATA_UUID)
-    struct.pack_into("<16s", made, _BTRFS_SUM_BYTES, uuid.UUID(new_uuid).bytes)
-    made[:_BTRFS_SUM_BYTES] = checksum(bytes(made[_BTRFS_SUM_BYTES:])).ljust(_BTRFS_SUM_BYTES, b"\0")
-    return bytes(made)
+        struct.pack_into("<16s", made, _BTRFS_METADATA_UUID, metadata_uuid)
+        struct.pack_into("<16s", made, _BTRFS_SUM_BYTES, uuid.UUID(new_uuid).bytes)
+        made[:_BTRFS_SUM_BYTES] = checksum(bytes(made[_BTRFS_SUM_BYTES:])).ljust(_BTRFS_SUM_BYTES, b"\0")
+        changed[offset] = bytes(made)
+    return changed if _BTRFS_AT in changed else {}
+
+
+def _metadata_uuid(copy: bytes) -> bytes:
+    (features,) = struct.unpack_from("<Q", copy, _BTRFS_FEATURES)
+    at = _BTRFS_METADATA_UUID if features & _METADATA_UUID else _BTRFS_SUM_BYTES
+    return copy[at : at + 16]
+
+
+def _btrfs_checksum(copy: bytes, offset: int) -> Callable[[bytes], bytes] | None:
+    """Return the function of the checksum of a superblock that can be changed."""
+    own_offset, flags, magic = struct.unpack_from("<QQ8s", copy, _BTRFS_SUM_BYTES + 16)
+    (devices,) = struct.unpack_from("<Q", copy, _BTRFS_DEVICES)
+    checksum = _BTRFS_SUMS.get(struct.unpack_from("<H", copy, _BTRFS_SUM_TYPE)[0])
+    if checksum is None or (magic, own_offset, flags >> 32, devices) != (_BTRFS_MAGIC, offset, 0, 1):
+        return None
+    return checksum if copy.startswith(checksum(copy[_BTRFS_SUM_BYTES:])) else None
 
 
 def _crc32c(data: bytes) -> int:

@@ -7,6 +7,7 @@ descriptor (`/proc/self/fd/N`), because the path may be another device by then; 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
@@ -143,19 +144,19 @@ class LinuxFilesystems:
 
     def change_btrfs_uuid(self, device: OpenDevice, uuid: str) -> None:
         """The first superblock is the last to be written: when it has the new uuid, all have it."""
-        changed: dict[int, bytes] = {}
-        with zero_scan.DirectReader(device, disk_formats.BTRFS_COPY_BYTES) as reader:
-            for offset in disk_formats.BTRFS_COPIES:
-                if offset + disk_formats.BTRFS_COPY_BYTES <= device.device.size_bytes:
-                    copy = reader.read(offset, disk_formats.BTRFS_COPY_BYTES)
-                    if (made := disk_formats.with_btrfs_uuid(copy, offset, uuid)) is not None:
-                        changed[offset] = made
-        if disk_formats.BTRFS_COPIES[0] not in changed:
-            raise PreconditionFailed(
-                f"btrfs on {device.device.path}, a copy of a volume, cannot get a uuid of its own: its superblock is "
-                "damaged, of several devices, or of an unknown kind; restore from another snapshot"
-            )
-        with self.devices.open(device.device, write=True):
+        path, length = device.device.path, disk_formats.BTRFS_COPY_BYTES
+        offsets = [offset for offset in disk_formats.BTRFS_COPIES if offset + length <= device.device.size_bytes]
+        with contextlib.ExitStack() as stack:
+            # Verified again and claimed, as mkfs claims it: what is read must be what is written to.
+            stack.enter_context(self.devices.open(device.device, write=True))
+            stack.enter_context(closing(open_file(Path(fd_path(device.fd)), os.O_RDONLY | os.O_EXCL)))
+            reader = stack.enter_context(zero_scan.DirectReader(device, length))
+            changed = disk_formats.with_btrfs_uuid({offset: reader.read(offset, length) for offset in offsets}, uuid)
+            if not changed:
+                raise PreconditionFailed(
+                    f"btrfs on {path}, a copy of a volume, cannot get a uuid of its own: its superblock is damaged, of "
+                    "several devices, or of an unknown kind; restore from another snapshot"
+                )
             for offset in sorted(changed, reverse=True):
                 zero_scan.write_through(device, offset, changed[offset])
 

@@ -121,7 +121,7 @@ class EncryptedVolumes:
         if mapping.is_suspended:
             self.encryption.resume(mapping)
         if mapping.read_only == target.takes_no_writes or self._is_mounted(mapping):
-            if mapping.read_only and not target.takes_no_writes:
+            if mapping.read_only and not target.read_only:
                 raise PreconditionFailed(
                     f"encrypted volume {target.volume}: expected write access, it is open read-only"
                 )

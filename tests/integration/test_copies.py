@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import PreconditionFailed
+from csi_driver.errors import PreconditionFailed, SystemCallFailed
 from csi_driver.host import zero_scan
 from csi_driver.host.block_devices import sys_number
 from csi_driver.host_model import Filesystem, OpenDevice
 from csi_driver.model import GIB, AccessMode
 from csi_driver.publish_context import History
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
-from tests.integration.real_node import SIZES, RealNode, everything
+from tests.integration.real_node import SIZES, RealNode, everything, write
 from tests.integration.test_data_safety import SOUND, probed
 
 pytestmark = pytest.mark.root
@@ -308,6 +308,17 @@ def test_a_change_of_uuid_cut_off_at_any_write_is_finished_by_the_next(
     shell(*SOUND["btrfs"], str(copy.loop.node))
 
 
+def test_the_uuid_of_a_btrfs_in_use_is_not_changed(copies: Copies) -> None:
+    """Another program may mount it between the decision and the write."""
+    source = copies.used_source("btrfs")
+    with (
+        pytest.raises(SystemCallFailed, match="EBUSY"),
+        copies.machine.devices.open(copies.machine.device(source), write=True) as opened,
+    ):
+        copies.machine.filesystems.change_btrfs_uuid(opened, str(uuid.uuid4()))
+    assert uuids(source) == [source.uuid] * 2
+
+
 @pytest.mark.parametrize("checksum", ["crc32c", "xxhash", "sha256", "blake2"])
 def test_what_was_synchronized_is_there_after_the_uuid_was_changed(copies: Copies, checksum: str) -> None:
     """With each kind of checksum, after a crash of the source: its log is replayed."""
@@ -328,9 +339,12 @@ def test_a_superblock_that_cannot_be_changed_is_left_as_it_is(copies: Copies) ->
     shell("mkfs.btrfs", "-q", "-f", "-U", source.uuid, str(source.loop.node), str(second.loop.node))
     seeding, _ = copies.machine.formatted("btrfs", SIZES["btrfs"], "csi-seeding")
     shell("btrfstune", "-f", "-S", "1", str(seeding.loop.node))
-    for number, volume in enumerate((source, seeding)):
+    sound, _ = copies.machine.formatted("btrfs", SIZES["btrfs"], "csi-sound")
+    for number, volume in enumerate((source, seeding, sound)):
         copy = copies.cut(volume, f"csi-copy-{number}")
+        if volume is sound:
+            write(copy, 65536 + 72, b"damage")
         before = everything(copy)
-        with pytest.raises(PreconditionFailed, match="cannot get a uuid of its own"):
+        with pytest.raises(PreconditionFailed, match=r"cannot get a uuid of its own|nothing recognises"):
             copies.stage(copy, volume, "btrfs")
         assert everything(copy) == before

@@ -17,23 +17,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from csi_driver.errors import DriverError
-from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode
+from csi_driver.model import DEFAULT_DRIVER_NAME, AccessMode, MountAccess
 from csi_driver.node.usage_records import RAW, USED
 from csi_driver.publish_context import History
-from tests.fakes.disks import MIB, FakeDisk
-from tests.fakes.node import BLOCK, EXT4, KUBELET, FakeNode, publish_context
+from tests.fakes.disks import MIB, FakeDisk, FakeFilesystem
+from tests.fakes.node import BLOCK, KUBELET, FakeNode, publish_context
 
 UUIDS = {
     "csi-a": "aaaaaaaa-0000-4000-8000-000000000001",
     "csi-b": "bbbbbbbb-0000-4000-8000-000000000002",
 }
+TYPES = {"csi-a": "ext4", "csi-b": "btrfs"}
+COPY = "csi-copy"
+"""The name of a volume that is made again and again, each time with another uuid, as a copy of one of the others."""
+STRANGER = "cccccccc-0000-4000-8000-000000000003"
 STAGINGS = tuple(
     KUBELET / "plugins/kubernetes.io/csi" / DEFAULT_DRIVER_NAME / (digit * 64) / "globalmount" for digit in "12"
 )
 """Where kubelet stages; its records are absent throughout, so that every sweep takes what nothing else shows in use."""
 TARGETS = (KUBELET / "pods/1", KUBELET / "pods/2", KUBELET / "pods/3")
 
-volumes = st.sampled_from(sorted(UUIDS))
+volumes = st.sampled_from([*sorted(UUIDS), COPY])
 stagings = st.sampled_from(STAGINGS)
 targets = st.sampled_from(TARGETS)
 # Mostly no death; else at the n-th point between two effects, and whether kubelet repeats the call at once.
@@ -46,15 +50,19 @@ class Died(BaseException):
 
 @dataclass
 class Life:
-    """The true state of one volume."""
+    """The true state of one volume. `inherited`: the volumes it may have its content of; None = it is no copy."""
 
+    uuid: str
+    fs_type: str
+    inherited: tuple[str, ...] | None = None
+    was_raw: bool = False
     disk: FakeDisk | None = None
     last: FakeDisk | None = None
     attachment: int = 0
     files: dict[str, bytes] = field(default_factory=dict)
     raw: dict[int, bytes] = field(default_factory=dict)
     holds: str = "blank"
-    """blank, filesystem, half (an unfinished filesystem) or raw."""
+    """blank, filesystem (also one that a user made on the raw device), half (an unfinished filesystem) or raw."""
     begun: int = 0
     """The attachment under which a format was begun and not seen finished; 0 = none."""
 
@@ -81,7 +89,9 @@ class NodeLife(RuleBasedStateMachine):
         self.host = self.node.host
         for path in (*STAGINGS, TARGETS[0].parent):
             self.host.make_tree(path)
-        self.lives = {name: Life() for name in UUIDS}
+        self.lives = {name: Life(uuid, TYPES[name]) for name, uuid in UUIDS.items()}
+        self.lives[COPY] = Life("dddddddd-0000-4000-8000-000000000000", "ext4")
+        self.copies = 0
         self.places: dict[Path, Place] = {}
 
     # --- the storage, the users ---
@@ -96,13 +106,42 @@ class NodeLife(RuleBasedStateMachine):
         for name, life in self.lives.items():
             if life.disk is None:
                 life.attachment += 1
-                life.disk = self.host.attach(name, UUIDS[name], like=life.last)
+                life.disk = self.host.attach(name, life.uuid, like=life.last)
 
     @rule(name=volumes)
     def lose_the_device(self, name: str) -> None:
         life = self.lives[name]
         if life.disk is not None:
             life.last, life.disk = self.host.detach(name), None
+
+    @rule(source=st.sampled_from(sorted(UUIDS)))
+    def copy(self, source: str) -> None:
+        """Replace the copy by one of the source as it is now, which may be mounted, or half formatted."""
+        of, old = self.lives[source], self.lives[COPY]
+        if of.disk is None or any(place.name == COPY for place in self.places.values()):
+            return
+        if old.disk is not None:
+            self.host.detach(COPY)
+        self.copies += 1
+        new = Life(
+            f"dddddddd-0000-4000-8000-{self.copies:012}", of.fs_type, (of.uuid,), of.was_raw, attachment=1,
+            files=dict(of.files), raw=dict(of.raw), holds=of.holds,
+        )  # fmt: skip
+        new.disk = self.host.attach(COPY, new.uuid, like=of.disk.cut())
+        self.lives[COPY] = new
+
+    @rule(path=st.sampled_from(TARGETS))
+    def make_a_filesystem_on_the_raw_device(self, path: Path) -> None:
+        place = self.places.get(path)
+        if place is None or place.is_dead or place.read_only or not place.block or self.elsewhere(place.name):
+            return
+        life = self.lives[place.name]
+        if life.holds in ("blank", "raw"):
+            life.holds, life.raw, life.files = "filesystem", {}, {"own": b"precious"}
+            place.disk.raw, place.disk.was_used = {}, True
+            place.disk.filesystem = FakeFilesystem(
+                life.fs_type, place.disk.size_bytes, uuid=STRANGER, files=dict(life.files)
+            )
 
     @rule()
     def reboot(self) -> None:
@@ -164,7 +203,7 @@ class NodeLife(RuleBasedStateMachine):
             lambda: self.node.stage(
                 volume_id=self.id_of(name),
                 staging=path,
-                access=BLOCK if block else EXT4,
+                access=BLOCK if block else self.access_of(name),
                 mode=mode,
                 context=self.context_of(name),
             ),
@@ -194,7 +233,7 @@ class NodeLife(RuleBasedStateMachine):
                 at,
                 volume_id=self.id_of(name),
                 staging=staging,
-                access=BLOCK if block else EXT4,
+                access=BLOCK if block else self.access_of(name),
                 read_only=read_only,
                 context=self.context_of(name),
             ),
@@ -207,7 +246,7 @@ class NodeLife(RuleBasedStateMachine):
             self.look_again(at)
         if done and at not in self.places and life.disk is not None:
             if block and not read_only:
-                life.begun = 0
+                life.begun, life.was_raw = 0, True
             origin = self.places.get(staging)
             shown = read_only or (origin is not None and origin.read_only)
             whole = origin is not None and origin.is_filesystem_read_only
@@ -276,6 +315,9 @@ class NodeLife(RuleBasedStateMachine):
             shown = all(place.read_only for place in shared)
             return shown == read_only and shared[0].is_filesystem_read_only == read_only
         unfinished = life.begun == life.attachment
+        if life.holds == "filesystem" and read_only and life.inherited and life.fs_type == "btrfs":
+            assert life.disk.filesystem is not None
+            return not unfinished and life.disk.filesystem.uuid == life.uuid
         if life.holds == "filesystem":
             return not (unfinished and read_only)
         if life.holds == "half":
@@ -341,19 +383,27 @@ class NodeLife(RuleBasedStateMachine):
                 self.places[path] = Place(
                     disk.name, disk, entry.node is not None, entry.read_only, disk.superblock_read_only
                 )
-        for name, life in self.lives.items():
-            mark = self.node.records.kept.get(UUIDS[name])
+        for life in self.lives.values():
+            mark = self.node.records.kept.get(life.uuid)
             life.begun = mark.attachment if mark is not None and mark.filesystem not in (RAW, USED) else 0
+            life.was_raw |= mark is not None and mark.filesystem == RAW
             if life.disk is not None and life.disk.filesystem is not None:
                 life.holds = "filesystem" if life.disk.filesystem.complete else "half"
 
     def id_of(self, name: str) -> str:
-        return f"single-zone-cluster:{name}:{UUIDS[name]}:ns"
+        return f"single-zone-cluster:{name}:{self.lives[name].uuid}:ns"
+
+    def access_of(self, name: str) -> MountAccess:
+        return MountAccess(self.lives[name].fs_type)
 
     def context_of(self, name: str) -> dict[str, str]:
-        number = self.lives[name].attachment
-        history = History.FIRST if number == 1 else History.ATTACHED
-        return publish_context(name=name, uuid=UUIDS[name], attachment=number, history=history)
+        life = self.lives[name]
+        history = History.FIRST if life.attachment == 1 and life.inherited is None else History.ATTACHED
+        if life.was_raw and (life.attachment > 1 or life.inherited is not None):
+            history = History.WRITTEN
+        return publish_context(
+            name=name, uuid=life.uuid, attachment=life.attachment, history=history, inherited=life.inherited
+        )
 
     # --- what always holds ---
 
@@ -367,7 +417,7 @@ class NodeLife(RuleBasedStateMachine):
             disk = life.disk or life.last
             if disk is not None:
                 assert disk.raw == life.raw
-                assert (disk.filesystem.files if disk.filesystem else {}) == life.files
+                assert (disk.filesystem.files | disk.filesystem.log if disk.filesystem else {}) == life.files
 
     @invariant()
     def every_path_holds_what_it_should_exactly_once(self) -> None:
@@ -394,7 +444,7 @@ class NodeLife(RuleBasedStateMachine):
     @rule(order=st.permutations((*STAGINGS, *TARGETS)))
     def everything_is_taken_down(self, order: list[Path]) -> None:
         for path in order:
-            for name in UUIDS:
+            for name in self.lives:
                 if path in TARGETS:
                     self.node.unpublish(path, self.id_of(name))
                 else:

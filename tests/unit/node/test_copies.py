@@ -399,3 +399,14 @@ def test_reading_a_private_copy_changes_no_passphrase(copy: Copy) -> None:
     stage_encrypted(copy, secrets, private=True)
     assert copy.disk.luks is not None
     assert copy.disk.luks.keys == [SECRET["passphrase"]]
+
+
+def test_an_encrypted_private_copy_that_an_older_driver_left_open_read_only_is_opened_again(copy: Copy) -> None:
+    encrypted_copy(copy)
+    stage_encrypted(copy, private=True)
+    copy.node.host.table.clear()
+    copy.node.host.mappers[COPY[0]].read_only = True
+    assert copy.disk.luks is not None
+    copy.disk.luks.inner.filesystem = FakeFilesystem("xfs", 48 * MIB, log={"a": b"precious"}, uuid=SOURCE[1])
+    stage_encrypted(copy, private=True)
+    assert copy.node.host.files_at(STAGING) == {"a": b"precious"}
