@@ -128,6 +128,7 @@ def add_points(server: StorageServer, at_point: Callable[[str], None]) -> None:
     server.pool.make = after("pool.make", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.remove = after("pool.remove", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.reflink = after("pool.reflink", server.pool)  # type: ignore[method-assign, assignment]
+    server.pool.remove_snapshot = after("pool.remove_snapshot", server.pool)  # type: ignore[method-assign, assignment]
     attacher = server.attacher
     attacher.loops = port("loops", attacher.loops, "attach", "detach", "fence", "grow")
     for client, files in attacher.files.items():

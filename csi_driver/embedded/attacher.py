@@ -64,6 +64,7 @@ class Attacher:
         self._nodes = {client.name: client.device_directory for client in self.settings}
         self.files = {client.name: StatusFiles(client.status_directory) for client in self.settings}
         self.volumes.has_device = self.has_device
+        self.volumes.why_other_file = self.why_other_file
         self.clients.devices = self.devices
 
     def recover(self) -> None:
@@ -156,6 +157,15 @@ class Attacher:
 
     def has_device(self, identity: str) -> bool:
         return any((client, identity) in self.devices for client in self.files)
+
+    def why_other_file(self, identity: str) -> str:
+        """Return why what a volume's devices write is not in its file: that one was replaced; "" when it is."""
+        file = self.pool.file(identity)
+        for client in self.files:
+            device = self.devices.get((client, identity))
+            if device is not None and device.file == file and not self.loops.has_file(device, file):
+                return f"{file} is not the file that loop{device.number} uses; detach the volume"
+        return ""
 
     def settle(self, client: str, identity: str) -> bool:
         """Attach or detach as the record of this client and volume says; False: retry later."""

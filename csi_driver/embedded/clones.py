@@ -92,7 +92,7 @@ class Clones:
                     "while it is detached",
                 )
             occupied_bytes = self.pool.reflink(file, self.pool.file(volume.uuid), volume.bytes)
-            self.store.write(lambda change: _finish(change, volume, occupied_bytes // BLOCK_SIZE))
+            self.store.write(lambda change: self._finish(change, volume, occupied_bytes // BLOCK_SIZE))
         _log.info("volume %s, uuid %s, is a copy of %s %s", volume.name, volume.uuid, source.kind, source.name)
 
     @contextlib.contextmanager
@@ -111,6 +111,12 @@ class Clones:
             if isinstance(volume, Volume) and (lost := self.volumes.why_lost(volume)):
                 raise ApiError(SOURCE_NOT_USABLE, f"volume {source.name} cannot be copied: {lost}")
             yield volume, file
+
+    def _finish(self, change: Change, volume: Volume, shared_blocks: int) -> None:
+        current = change.get(VOLUMES, volume.name)
+        if current is not None and current.uuid == volume.uuid and current.action == "initializing":
+            made = replace(current, action="none", status="online", shared_blocks=shared_blocks)
+            self.volumes.allocator.record(change, made, current)
 
     def _discard(self, volume: Volume) -> None:
         self.store.write(lambda change: _mark(change, volume))
@@ -156,13 +162,6 @@ def _check(volume: Volume, source: Volume | Snapshot) -> None:
             f"volume {volume.name}: expected {theirs}, as its source {source.name} has, got {own}; "
             "request the encryption of the source",
         )
-
-
-def _finish(change: Change, volume: Volume, shared_blocks: int) -> None:
-    current = change.get(VOLUMES, volume.name)
-    if current is not None and current.uuid == volume.uuid and current.action == "initializing":
-        put = replace(current, action="none", status="online", shared_blocks=shared_blocks)
-        change.put(VOLUMES, volume.name, put)
 
 
 def _mark(change: Change, volume: Volume) -> None:

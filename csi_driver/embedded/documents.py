@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
-from csi_driver.embedded.model import DOWN, READY, Attachment, Client, Document, Encryption, Part, Report, Volume
+from csi_driver.embedded.model import (
+    DOWN,
+    READY,
+    Attachment,
+    Client,
+    Document,
+    Encryption,
+    Part,
+    Report,
+    Snapshot,
+    Volume,
+)
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import DriverError
 
@@ -98,6 +109,29 @@ def _encryption(state: Encryption) -> Document:
         document["isInitialized"] = True
     if state.command:
         document["command"] = state.command
+    return document
+
+
+def snapshot_document(snapshot: Snapshot) -> Document:
+    document: Document = {
+        "metadata": {},
+        **snapshot.given,
+        "_id": snapshot.name,
+        "name": snapshot.name,
+        "uuid": snapshot.uuid,
+        "volume": {"_id": snapshot.volume, "uuid": snapshot.volume_uuid},
+        "sourceMetadata": snapshot.source_metadata,
+        "blockSize": BLOCK_SIZE,
+        "blocks": snapshot.blocks,
+        "created": snapshot.created,
+        "action": snapshot.action,
+        "isReady": snapshot.is_ready,
+        "extents": snapshot.extents,
+        "group": None if snapshot.group is None else {"_id": snapshot.group, "uuid": snapshot.group_uuid},
+        "isEncrypted": snapshot.encryption is not None,
+    }
+    if snapshot.encryption is not None:
+        document["encryption"] = _encryption(snapshot.encryption)
     return document
 
 
@@ -198,13 +232,21 @@ class Query:
         condition, sort, projection = (_json_object(parameters, name) for name in ("filter", "sort", "projection"))
         return cls(condition, sort, projection, int(page), int(count))
 
-    @property
-    def above(self) -> str | None:
-        """The id above which the documents in the order of their ids begin ("" = all); None for any other query."""
-        condition = self.filter.get("_id")
+    def place(self, index: str = "") -> tuple[str, str] | None:
+        """Return where the documents in the order of their ids begin; None for any other query.
+
+        The id above which they begin, and the value that the field `index` must have; "" = any.
+        """
+        condition, value = self.filter.get("_id"), self.filter.get(index, "") if index else ""
         above = condition.get("$gt") if isinstance(condition, dict) else ""
-        is_page = self.sort == {"_id": 1} and self.filter in ({}, {"_id": {"$gt": above}})
-        return above if is_page and isinstance(above, str) else None
+        if not isinstance(above, str) or not isinstance(value, str):
+            return None
+        wanted: Document = {}
+        if "_id" in self.filter:
+            wanted["_id"] = {"$gt": above}
+        if value:
+            wanted[index] = value
+        return (above, value) if self.sort == {"_id": 1} and self.filter == wanted else None
 
     def select(self, documents: Iterable[Document]) -> list[Document]:
         """Return the filtered and sorted page with the projected fields. Raises QueryRefused."""

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The REST API: login and sessions, routes, and error answers."""
+"""The REST API: routes, the login, and error answers."""
 
 from __future__ import annotations
 
-import hmac
 import logging
-import os
-import secrets
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError, conlist
 
-from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded import documents
+from csi_driver.embedded.allocator import Allocator
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients, Pair
 from csi_driver.embedded.clones import Clones
@@ -29,13 +24,13 @@ from csi_driver.embedded.model import (
     CLIENTS,
     FACTS,
     REPORTS,
+    SNAPSHOTS,
     VOLUMES,
     Client,
     Document,
     Volume,
     compact_json,
 )
-from csi_driver.embedded.pool import Allocator
 from csi_driver.embedded.requests import (
     AttachRequest,
     Deletion,
@@ -44,114 +39,24 @@ from csi_driver.embedded.requests import (
     Extension,
     Login,
     NewClone,
+    NewSnapshot,
     NewVolume,
     RequestBody,
+    SnapshotDeletion,
     Unusable,
     VolumeUpdate,
     read_body,
 )
+from csi_driver.embedded.sessions import Sessions
 from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.snapshots import Snapshots
 from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes
-from csi_driver.errors import DriverError, HostFailure
+from csi_driver.errors import DriverError
 
 _log = logging.getLogger(__name__)
 
-_MAX_SESSIONS = 4096
 _LIST_ERRORS = {"volumes": 16040, "clients": 16030}
-
-
-class PasswordUnreadable(HostFailure):
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"the password file {path} {why}; expected one line, the password, readable by this user")
-
-
-@dataclass(frozen=True, slots=True)
-class Password:
-    """The password, in a file that is read at each login."""
-
-    path: Path
-
-    @classmethod
-    def generated(cls, path: Path) -> Password:
-        """Return the password of this file; a missing file is created with a random one, for its owner only."""
-        temporary = path.with_name(f".{path.name}.new")
-        try:
-            if not os.path.lexists(path):
-                temporary.unlink(missing_ok=True)
-                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(secrets.token_urlsafe(24) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-        except OSError as problem:
-            raise PasswordUnreadable(path, f"cannot be written: {problem}") from problem
-        return cls(path)
-
-    def matches(self, password: str) -> bool:
-        return hmac.compare_digest(self.read().encode(), password.encode("utf-8", "surrogatepass"))
-
-    def read(self) -> str:
-        """Return the password. Raises PasswordUnreadable."""
-        try:
-            text = self.path.read_text().rstrip("\n")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise PasswordUnreadable(self.path, f"cannot be read: {problem}") from problem
-        if not text:
-            raise PasswordUnreadable(self.path, "is empty")
-        return text
-
-
-@dataclass(eq=False)
-class Sessions:
-    """Open sessions, in memory. A session ends after a time without requests."""
-
-    settings: StorageSettings
-    password: Password
-    clock: Clock = SYSTEM_CLOCK
-    _guard: threading.Lock = field(default_factory=threading.Lock)
-    _used_s: dict[str, float] = field(default_factory=dict, repr=False)
-    """When each session was used last, by its cookie."""
-
-    @property
-    def user(self) -> str:
-        return self.settings.user.lower()
-
-    def full_name(self, username: str) -> str:
-        name = username.lower()
-        return name if "@" in name else f"{name}@{self.user.rpartition('@')[2]}"
-
-    def open(self, username: str, password: str) -> str | None:
-        """Return the id of a new session; None for wrong credentials."""
-        matches = self.password.matches(password)
-        if self.full_name(username) != self.user or not matches:
-            return None
-        with self._guard:
-            self._forget_old()
-            session = secrets.token_urlsafe(24)
-            self._used_s[session] = self.clock.monotonic()
-        return session
-
-    def known(self, session: str | None) -> bool:
-        """Return whether a session is open, and restart its idle time."""
-        with self._guard:
-            used_s, now_s = self._used_s.pop(session or "", None), self.clock.monotonic()
-            if session is None or used_s is None or now_s - used_s > self.settings.session_idle_s:
-                return False
-            self._used_s[session] = now_s
-            return True
-
-    def close(self, session: str | None) -> None:
-        with self._guard:
-            self._used_s.pop(session or "", None)
-
-    def _forget_old(self) -> None:
-        oldest_s = self.clock.monotonic() - self.settings.session_idle_s
-        # Sessions are in the order of their last use.
-        for session, used_s in list(self._used_s.items()):
-            if used_s < oldest_s or len(self._used_s) >= _MAX_SESSIONS:
-                del self._used_s[session]
 
 
 @dataclass(eq=False, slots=True)
@@ -197,8 +102,7 @@ class Api:
     attacher: Attacher
     encryptions: Encryptions
     sessions: Sessions
-    why_no_snapshots: str
-    """ "" = the pool offers snapshots."""
+    snapshots: Snapshots
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def __post_init__(self) -> None:
@@ -226,6 +130,10 @@ class Api:
             ("POST", "/volumes/update"): _each(VolumeUpdate, self.volumes.update),
             ("POST", "/volumes/delete"): _each(Deletion, self.delete),
             ("POST", "/volumes/initEncryption"): _each(EncryptionInit, self.encryptions.initialize),
+            ("GET", "/snapshots/all/*/*"): _list(lambda query: map(compact_json, self.snapshot_documents(query))),
+            ("GET", "/snapshots/*"): _get(self.snapshot),
+            ("POST", "/snapshots/save"): _each(NewSnapshot, self.cut),
+            ("POST", "/snapshots/delete"): _each(SnapshotDeletion, self.delete_snapshot),
             ("POST", "/clients/attach"): _post(AttachRequest, self.attach),
             ("POST", "/clients/detach"): _post(DetachRequest, self.detach),
         }
@@ -261,13 +169,13 @@ class Api:
 
     def volume_texts(self, query: Query) -> Iterable[str]:
         """Return the JSON of a page of volumes: in time for its volumes only, if it is in the order of their ids."""
-        above = query.above
-        if above is None:
+        place = query.place()
+        if place is None:
             return map(compact_json, query.select(map(documents.volume_document, self.store.all(VOLUMES))))
         texts = self._texts  # read once: a list of other fields replaces it meanwhile
         if not texts.serves(query, self.allocator.totals.volumes):
             texts = self._texts = _VolumeTexts(query)
-        return texts.of(self.store.page(VOLUMES, above, query.page * query.count, query.count))
+        return texts.of(self.store.page(VOLUMES, place[0], query.page * query.count, query.count))
 
     def count_volumes(self) -> int:
         return len(self.store.all(VOLUMES))
@@ -277,6 +185,28 @@ class Api:
         if volume is None:
             raise ApiError(documents.VOLUME_NOT_FOUND, "Volume not found")
         return documents.volume_document(volume)
+
+    def snapshot_documents(self, query: Query) -> Iterable[Document]:
+        """Return a page of snapshots: in time for its snapshots only, if it is in the order of their ids."""
+        place = query.place("volume.uuid")
+        if place is None:
+            return query.select(map(documents.snapshot_document, self.store.all(SNAPSHOTS)))
+        above, volume = place
+        page = self.store.page(SNAPSHOTS, above, query.page * query.count, query.count, volume)
+        return map(query.projector(), map(documents.snapshot_document, page))
+
+    def snapshot(self, name: str) -> Document:
+        snapshot = self.store.get(SNAPSHOTS, name)
+        if snapshot is None:
+            raise ApiError(documents.SNAPSHOT_NOT_FOUND, f"Snapshot {name} not found")
+        return documents.snapshot_document(snapshot)
+
+    def cut(self, item: NewSnapshot) -> _State:
+        return {"snapshot": documents.snapshot_document(self.snapshots.save(item))}
+
+    def delete_snapshot(self, item: SnapshotDeletion) -> _State:
+        self.snapshots.delete(item.id, item.uuid)
+        return {"snapshot": None}
 
     def create(self, item: NewVolume) -> _State:
         return {"volume": documents.volume_document(self.volumes.create(item))}
@@ -351,7 +281,7 @@ class Api:
 
     def system_info(self) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
-        return documents.system_info(fact.value if fact else "", self.why_no_snapshots)
+        return documents.system_info(fact.value if fact else "", self.snapshots.why_none)
 
 
 def _get(act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:
@@ -384,7 +314,7 @@ def _outcome(item: _Item, act: Callable[[_Item], _State]) -> Document:
         payload = act(item)
     except ApiError as refusal:
         return envelope(name, identity, False, refusal.error)
-    created = payload.get("volume") if payload is not None and identity is None else None
+    created = next(iter(payload.values())) if payload is not None and identity is None else None
     return envelope(name, str(created["uuid"]) if created is not None else identity, True, payload=payload)
 
 

@@ -111,7 +111,9 @@ class Volume:
     source: Source | None = None
     """Its file is a reflink of the source's: an empty file must never be created for it."""
     shared_blocks: int = 0
-    """Blocks that its file shared when it was made: writes to them take free space."""
+    """Blocks that its file shared when it was made or cut last: writes to them take free space."""
+    snapshots: int = 0
+    """Snapshots of it in the pool."""
 
     @property
     def blocks(self) -> int:
@@ -159,14 +161,13 @@ class Snapshot:
     action: str = CUTTING
     created: str = ""
     """Time of the cut, RFC 3339 in UTC with microseconds; "" before it."""
-    source: Document = field(default_factory=dict)
-    """`given` of the volume, read after the cut."""
+    source_metadata: Document = field(default_factory=dict)
+    """Metadata of the volume, read after the cut."""
     extents: int = 0
     """Extents of the volume's file at the cut."""
-    reserved_blocks: int = 0
-    """Space that the pool keeps for it: writes to the volume copy what both share."""
     group: str | None = None
-    """Uuid of its group."""
+    """Name of its group; `group_uuid` is that one's uuid."""
+    group_uuid: str | None = None
     encryption: Encryption | None = None
 
     @property
@@ -262,17 +263,17 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Allocated blocks of all volumes and snapshots; updated with each change and verified at start."""
+    """Allocated blocks of all volumes; updated with each change and verified at start."""
 
     volumes: int = 0
     data: int = 0
     redundancy: int = 0
-    snapshots: int = 0
-    """Reserved blocks of the snapshots."""
+    shared: int = 0
+    """Blocks that volumes share with snapshots and sources: writes to them take free space."""
 
     @property
     def allocated(self) -> int:
-        return self.data + self.redundancy + self.snapshots
+        return self.data + self.redundancy
 
     def with_volume(self, volume: Volume, sign: int = 1) -> Totals:
         """Return the totals with the volume added, or removed for sign -1."""
@@ -281,10 +282,8 @@ class Totals:
             volumes=self.volumes + sign,
             data=self.data + sign * volume.blocks,
             redundancy=self.redundancy + sign * volume.layout.redundancy_of(volume.blocks),
+            shared=self.shared + sign * volume.shared_blocks,
         )
-
-    def with_snapshot(self, snapshot: Snapshot, sign: int = 1) -> Totals:
-        return replace(self, snapshots=self.snapshots + sign * snapshot.reserved_blocks)
 
 
 @dataclass(frozen=True, slots=True)

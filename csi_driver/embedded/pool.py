@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool: a directory with a sparse file for each volume and snapshot, and the allocation of its space.
-
-Space is allocated in the change that records a volume, an extension or a snapshot, so it is never allocated twice. The
-free capacity is the smaller of the unallocated bytes of the pool and of the free bytes of its filesystem, less the
-reserve and less the allocated bytes that are not written yet.
-"""
+"""The pool: a directory with a sparse file for each volume and snapshot."""
 
 from __future__ import annotations
 
@@ -12,29 +7,20 @@ import contextlib
 import errno
 import fcntl
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csi_driver.deadline import SYSTEM_CLOCK, Clock
-from csi_driver.embedded.layouts import BLOCK_SIZE, Layout
-from csi_driver.embedded.model import FACTS, TOTALS, VOLUMES, Fact, Totals, Volume
-from csi_driver.embedded.settings import Reflinks, StorageSettings
-from csi_driver.embedded.store import Change, Store
-from csi_driver.errors import HostFailure, InvalidRequest, PreconditionFailed, SystemCallFailed
+from csi_driver.embedded.layouts import BLOCK_SIZE
+from csi_driver.embedded.settings import Reflinks
+from csi_driver.errors import PreconditionFailed, SystemCallFailed
 
 _SUFFIX = ".img"
 _CUTTING = ".cutting"
 """Ends the name of a reflink that is not complete."""
 NO_SPACE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 """Errors of a filesystem without space."""
-_SIZE = "size_bytes"
-_FEW = 256
-"""Number of files that are scanned each time: it takes some milliseconds."""
-_PAUSE_FACTOR = 19
-_LONGEST_PAUSE_S = 10.0
 
 
 class PoolInUse(PreconditionFailed):
@@ -43,26 +29,6 @@ class PoolInUse(PreconditionFailed):
             f"the pool {directory} is in use by another storage manager, which holds {directory}/lock; "
             "stop that one, or set another --pool"
         )
-
-
-class TotalsWrong(HostFailure):
-    def __init__(self, kept: Totals, counted: Totals) -> None:
-        super().__init__(
-            f"the totals in the pool's database are {kept}, expected the sum of its volumes, {counted}: "
-            "it was changed by hand or is damaged; restore manager.sqlite and manager.sqlite-wal from a backup"
-        )
-
-
-class PoolTooLarge(InvalidRequest):
-    def __init__(self, wanted: int, had: int) -> None:
-        super().__init__(
-            f"--size: expected at most the {had} bytes that the pool's filesystem has for volumes (free and allocated "
-            f"bytes less --reserve), got {wanted}; set a smaller --size, or --overcommit for tests and benchmarks"
-        )
-
-
-class NoSpace(Exception):
-    """An allocation does not fit."""
 
 
 @dataclass(slots=True)
@@ -158,11 +124,21 @@ class Pool:
         return found
 
     def identities(self) -> set[str]:
-        with _named(f"list {self.volumes}"):
-            return {name.removesuffix(_SUFFIX) for name in os.listdir(self.volumes) if name.endswith(_SUFFIX)}
+        return _identities_in(self.volumes)
+
+    def snapshot_identities(self) -> set[str]:
+        return _identities_in(self.snapshots)
+
+    def occupied_bytes(self, file: Path) -> int:
+        """Return a file's bytes on disk."""
+        with _named(f"look at {file}"):
+            return os.stat(file).st_blocks * 512
 
     def has(self, identity: str, size_bytes: int) -> bool:
-        file = f"{self.volumes}/{identity}{_SUFFIX}"  # a Path would cost ten times the call, and all files are checked
+        # A Path would cost ten times the call, and all files are checked.
+        return self.has_file(f"{self.volumes}/{identity}{_SUFFIX}", size_bytes)
+
+    def has_file(self, file: str | Path, size_bytes: int) -> bool:
         try:
             return os.stat(file).st_size >= size_bytes
         except FileNotFoundError:
@@ -193,6 +169,20 @@ class Pool:
         with _named(f"remove {self.file(identity)}"):
             self.file(identity).unlink(missing_ok=True)
 
+    def remove_snapshot(self, identity: str) -> None:
+        """Remove a snapshot's file, also an unfinished one; a missing one is success."""
+        file = self.snapshot_file(identity)
+        with _named(f"remove {file}"):
+            for each in (file, _unfinished(file)):
+                each.unlink(missing_ok=True)
+
+    def remove_unfinished(self) -> None:
+        """Remove the reflinks that a crash left unfinished. No other may be in progress."""
+        for directory in self._syncs:
+            with _named(f"list {directory}"):
+                for file in directory.glob(f"*{_SUFFIX}{_CUTTING}"):
+                    file.unlink(missing_ok=True)
+
     def sync(self, file: Path) -> None:
         """Write out what is cached of a file, so that a reflink of it, which holds up its writers, is short."""
         with _named(f"sync {file}"), _opened(file, os.O_RDONLY) as descriptor:
@@ -209,7 +199,7 @@ class Pool:
         The content is that of one moment. At any time `target` is absent, an older file, or complete and on disk. The
         caller holds the locks of both. Raises SystemCallFailed, also where reflinks are not possible.
         """
-        temporary = target.with_name(f"{target.name}{_CUTTING}")
+        temporary = _unfinished(target)
         reflinks = self._able()
         with _named(f"reflink {source} to {target}"):
             temporary.unlink(missing_ok=True)  # of a crash
@@ -320,127 +310,10 @@ class VolumeLocks:
                     self._locks[identity] = (lock, users - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    """Bytes that the files of the volumes occupied, and free bytes, at the time of a scan."""
-
-    held_bytes: int
-    free_bytes: int
-    until_s: float
+def _unfinished(file: Path) -> Path:
+    return file.with_name(f"{file.name}{_CUTTING}")
 
 
-class Allocator:
-    def __init__(self, settings: StorageSettings, pool: Pool, store: Store, clock: Clock = SYSTEM_CLOCK) -> None:
-        """Set the pool's size at its first start and verify the totals. Raises PoolTooLarge, TotalsWrong."""
-        self._settings = settings
-        self._pool = pool
-        self._store = store
-        self._clock = clock
-        self._scanning = threading.Lock()
-        self._scan: _Scan | None = None
-        counted = Totals()
-        for volume in store.all(VOLUMES):
-            counted = counted.with_volume(volume)
-        if self.totals != counted:
-            raise TotalsWrong(self.totals, counted)
-        self.size_bytes = self._fixed_size()
-
-    def _fixed_size(self) -> int:
-        known = self._store.get(FACTS, _SIZE)
-        wanted = self._settings.size_bytes
-        if known is not None and (wanted is None or wanted == int(known.value)):
-            return int(known.value)
-        occupied = sum(self._pool.allocated_bytes().values())
-        had = max(0, self._pool.free_bytes() + occupied - self._settings.reserve_bytes)
-        if wanted is not None and wanted > had and not self._settings.overcommit:
-            raise PoolTooLarge(wanted, had)
-        size = had if wanted is None else wanted
-        self._store.write(lambda change: change.put(FACTS, _SIZE, Fact(str(size))))
-        return size
-
-    @property
-    def totals(self) -> Totals:
-        return self._store.get(TOTALS, "pool") or Totals()
-
-    @property
-    def total_blocks(self) -> int:
-        return self.size_bytes // BLOCK_SIZE
-
-    def available_blocks(self) -> int:
-        """Return the raw blocks that new volumes can have now, by the account of `allocate`."""
-        unallocated = self._unallocated_blocks(self.totals)
-        return min(unallocated, self._free_blocks(self._store, unallocated))
-
-    def allocate(self, change: Change, layout: Layout, capacity_gb: float) -> int:
-        """Return the blocks of data for a capacity; `record` allocates them. Raises NoSpace."""
-        targets = max(1, self._settings.pretend_targets)
-        if layout.redundancy_of(layout.data_blocks) and targets < layout.targets:
-            raise NoSpace(f"the layout needs {layout.targets} targets, this pool has {targets}")
-        granule = layout.granule_blocks
-        raw = self._unallocated_blocks(change.get(TOTALS, "pool") or Totals())
-        unallocated = raw // (granule + layout.redundancy_of(granule)) * granule
-        blocks = layout.blocks_of(capacity_gb)
-        if blocks <= 0:
-            step = granule * BLOCK_SIZE
-            raise NoSpace(f"asked {capacity_gb:g} GB, and the layout is allocated in steps of {step} bytes")
-        if blocks > min(unallocated, self._free_blocks(change, blocks)):
-            overcommit = self._settings.overcommit
-            free = self._pool.free_bytes() if overcommit else self._free_blocks(change, sys.maxsize) * BLOCK_SIZE
-            raise NoSpace(
-                f"asked {blocks * BLOCK_SIZE} bytes; {unallocated * BLOCK_SIZE} are unallocated in the "
-                f"pool, {free} free in its file system: the smaller counts"
-            )
-        return blocks
-
-    def record(self, change: Change, volume: Volume | None, before: Volume | None = None) -> None:
-        """Put a volume, or remove `before` for None, and account for its space in the same change."""
-        totals = change.get(TOTALS, "pool") or Totals()
-        if before is not None:
-            totals = totals.with_volume(before, -1)
-        if volume is not None:
-            totals = totals.with_volume(volume)
-            change.put(VOLUMES, volume.name, volume)
-        elif before is not None:
-            change.delete(VOLUMES, before.name)
-        change.put(TOTALS, "pool", totals)
-
-    def _unallocated_blocks(self, totals: Totals) -> int:
-        return max(0, self.total_blocks - totals.allocated)
-
-    def _free_blocks(self, view: Change | Store, enough: int) -> int:
-        """Return the blocks of data that the filesystem can still hold.
-
-        If there are `enough` even when no allocated block is written yet, the files are not scanned, and the result
-        may be too small. Later writes of other programs are not counted. With `overcommit` only the reserve is kept.
-        """
-        free = self._pool.free_bytes()
-        spare = free - self._settings.reserve_bytes
-        if self._settings.overcommit:
-            return sys.maxsize if spare >= 0 else 0
-        allocated = (view.get(TOTALS, "pool") or Totals()).data * BLOCK_SIZE
-        least = max(0, spare - allocated) // BLOCK_SIZE
-        if least >= enough:
-            return least
-        scan = self._scan_files()
-        # Space that became free since may have come from the volumes.
-        held = scan.held_bytes - max(0, free - scan.free_bytes)
-        return max(0, spare - max(0, allocated - held)) // BLOCK_SIZE
-
-    def _scan_files(self) -> _Scan:
-        """Return the space that the volumes' files occupy; of many files the result may be some seconds old.
-
-        A scan takes time for each file, so at most a twentieth of the time is spent on scans. An older scan is as
-        good: the sum of free and occupied bytes is changed only by other programs, because a block that a volume
-        writes, trims or frees goes from one to the other.
-        """
-        with self._scanning:
-            before = self._clock.monotonic()
-            if self._scan is None or before >= self._scan.until_s:
-                occupied = self._pool.allocated_bytes()
-                volumes = self._store.all(VOLUMES)
-                held = sum(min(occupied.get(volume.uuid, 0), volume.bytes) for volume in volumes)
-                # Read last: blocks written during the scan are then counted nowhere, rather than twice.
-                free, after = self._pool.free_bytes(), self._clock.monotonic()
-                pause_s = min((after - before) * _PAUSE_FACTOR, _LONGEST_PAUSE_S) if len(volumes) > _FEW else 0.0
-                self._scan = _Scan(held, free, after + pause_s)
-            return self._scan
+def _identities_in(directory: Path) -> set[str]:
+    with _named(f"list {directory}"):
+        return {name.removesuffix(_SUFFIX) for name in os.listdir(directory) if name.endswith(_SUFFIX)}

@@ -246,6 +246,29 @@ class Deletion(_Named):
     """An item of /volumes/delete."""
 
 
+class SourceVolume(RequestBody):
+    """The volume that is cut."""
+
+    id: str = Field(alias="_id")
+    uuid: Uuid
+
+
+class NewSnapshot(RequestBody):
+    """An item of /snapshots/save."""
+
+    name: Annotated[ObjectName, Field(min_length=1, max_length=64)]
+    volume: SourceVolume
+    metadata: Metadata
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        return self.name, None
+
+
+class SnapshotDeletion(_Named):
+    """An item of /snapshots/delete."""
+
+
 class EncryptionInit(_Named):
     """An item of /volumes/initEncryption."""
 

@@ -17,16 +17,19 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 from csi_driver.background import Periodic, Worker, run_detached
+from csi_driver.embedded.allocator import Allocator
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.connections import HttpServer
 from csi_driver.embedded.encryption import Encryptions
-from csi_driver.embedded.http import Api, Password, Sessions
+from csi_driver.embedded.http import Api
 from csi_driver.embedded.layouts import BLOCK_SIZE
-from csi_driver.embedded.model import ATTACHMENTS, FACTS, VOLUMES, Fact, Volume
-from csi_driver.embedded.pool import Allocator, Pool, VolumeLocks
+from csi_driver.embedded.model import ATTACHMENTS, FACTS, SNAPSHOTS, VOLUMES, Fact, Volume
+from csi_driver.embedded.pool import Pool, VolumeLocks
+from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.embedded.snapshots import Snapshots
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
@@ -83,7 +86,8 @@ class StorageServer:
         self.worker = worker = Worker("storage-worker", settings.retry_first_s, settings.retry_most_s)
         can_encrypt = headers is not None
         self.volumes = volumes = Volumes(settings, store, self.allocator, pool, locks, worker, can_encrypt)
-        self.clones = Clones(store, pool, locks, volumes, getattr(settings, "snapshot_extent_limit", 100_000))
+        self.snapshots = Snapshots(settings.snapshot_extent_limit, store, self.allocator, pool, locks, volumes, worker)
+        self.clones = Clones(store, pool, locks, volumes, settings.snapshot_extent_limit)
         names = tuple(client.name for client in settings.clients)
         self.clients = Clients(store, names, volumes.check_file, volumes.secure_file)
         self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
@@ -100,7 +104,7 @@ class StorageServer:
             self.attacher,
             self.encryptions,
             self.sessions,
-            pool.why_no_reflinks,
+            self.snapshots,
         )
 
     def recover(self) -> None:
@@ -108,6 +112,7 @@ class StorageServer:
         self.clients.install()
         self.store.write(_install_database_uuid)
         store, volumes = self.store, self.volumes
+        self.snapshots.recover()
         files = self.pool.identities()
         self.clones.recover()
         for volume in store.all(VOLUMES):
@@ -160,12 +165,17 @@ class StorageServer:
 
     def measurements(self) -> list[Metric]:
         pool = metrics.storage(self._pool_bytes, lambda: self.allocator.totals.volumes, self._attachments)
-        return [*pool, *metrics.background(self.loops)]
+        cuts = self.snapshots.cuts
+        cut = metrics.snapshots(
+            lambda: len(self.store.all(SNAPSHOTS)), cuts.results, lambda: cuts.last_extents, lambda: cuts.last_s
+        )
+        return [*pool, *cut, *metrics.background(self.loops)]
 
     def _pool_bytes(self) -> Mapping[str, int]:
         return {
             "capacity": self.allocator.size_bytes,
             "promised": self.allocator.totals.allocated * BLOCK_SIZE,
+            "shared": self.allocator.totals.shared * BLOCK_SIZE,
             "available": self.pool.free_bytes(),
         }
 

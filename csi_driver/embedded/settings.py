@@ -6,6 +6,7 @@ The adapters of the ports are in csi_driver.host.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from csi_driver.flags import (
     read_file,
     read_host_port_or_fd,
     read_named_directory,
+    read_positive_count,
     read_positive_duration,
     read_positive_size,
     read_size,
@@ -31,6 +33,7 @@ from csi_driver.host_model import Extent, LoopDevice
 from csi_driver.settings import DEVICE_DIRECTORY, NODE_NAME, OVERCOMMIT, PREALLOCATE
 
 MIB = 1 << 20
+_MOST_TIMES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,13 @@ class ClientSettings:
 @reader("NAME=DIR")
 def read_client(value: str) -> ClientSettings:
     return ClientSettings.under(*read_named_directory(value))
+
+
+@reader("FACTOR")
+def read_factor(value: str) -> float:
+    if not (re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", value) and float(value) <= _MOST_TIMES):
+        raise ValueError(f"a number from 0 to {_MOST_TIMES}")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,20 @@ class StorageSettings:
         "--reserve",
         read_size,
         "Free space that must remain in the pool's filesystem; below it new volumes are refused.",
+    )
+    snapshot_overcommit: float = flag(
+        1.0,
+        "--snapshot-overcommit",
+        read_factor,
+        "Part of a volume's occupied space that the pool reserves for each snapshot; below 1 volumes may get I/O errors"
+        " when their snapshots fill the pool.",
+    )
+    snapshot_extent_limit: int = flag(
+        100_000,
+        "--snapshot-extent-limit",
+        read_positive_count.named("N", "extents"),
+        "Extents of a volume's file above which snapshots and clones of it are refused: they block its writers too"
+        " long.",
     )
     node_name: str = NODE_NAME.field()
     device_directory: Path = DEVICE_DIRECTORY.field()

@@ -13,7 +13,7 @@ import logging
 import os
 import sqlite3
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +104,8 @@ class Store:
         self._committed: dict[tuple[str, str], dict[str, object]] = {}
         self._unsaved: dict[_Key, str | None] = {}
         """Texts of `write_later`, which the next commit takes along."""
-        self._ordered: dict[str, list[str]] = {}
-        """Sorted ids of the tables that were listed, each until one is added or removed."""
+        self._ordered: dict[str, dict[str, list[str]]] = {}
+        """Sorted ids of the tables that were listed, by the value of their index; "" has all."""
         self._reserve = path.with_name(f"{path.name}.ballast")
         """Space for the changes that free space when the disk is full."""
         try:
@@ -150,13 +150,19 @@ class Store:
         """Return the committed records of one grouping."""
         return list(self._committed.get((table.name, grouping), {}).values())  # type: ignore[arg-type]
 
-    def page(self, table: Table[R], above: str, skip: int, count: int) -> list[R]:
-        """Return `count` committed records (0 = all) without a grouping, in the order of their ids, of one moment."""
+    def page(self, table: Table[R], above: str, skip: int, count: int, index: str = "") -> list[R]:
+        """Return `count` committed records (0 = all) without a grouping, in the order of their ids, of one moment.
+
+        `index`: only the records with this value of the table's index. A page costs its records alone.
+        """
         with self._change_lock:
             records: dict[str, R] = self._committed.get((table.name, ""), {})  # type: ignore[assignment]
-            ids = self._ordered.get(table.name)
-            if ids is None:
-                ids = self._ordered[table.name] = sorted(records)
+            lists = self._ordered.get(table.name)
+            if lists is None:
+                lists = self._ordered[table.name] = {"": sorted(records)}
+                for key in lists[""] if table.index else ():
+                    lists.setdefault(getattr(records[key], table.index), []).append(key)
+            ids = lists.get(index, [])
             first = bisect_right(ids, above) + skip
             return [records[key] for key in ids[first : first + count if count else None]]
 
@@ -217,12 +223,25 @@ class Store:
     def _show(self, puts: Mapping[_Key, object]) -> None:
         for (kind, grouping, key), record in puts.items():
             records = self._committed.setdefault((kind, grouping), {})
-            if record is None or key not in records:
-                self._ordered.pop(kind, None)
+            before = records.get(key)
             if record is None:
                 records.pop(key, None)
             else:
                 records[key] = record
+            if kind in self._ordered and not grouping:
+                self._list(kind, key, before, record)
+
+    def _list(self, kind: str, key: str, before: object, record: object) -> None:
+        """Move an id to the lists of its new record."""
+        lists, index = self._ordered[kind], self._tables[kind].index
+        old, new = (() if each is None else ("", getattr(each, index) if index else "") for each in (before, record))
+        for value in set(old) - set(new):
+            ids = lists[value]
+            del ids[bisect_left(ids, key)]
+            if value and not ids:
+                del lists[value]
+        for value in set(new) - set(old):
+            insort(lists.setdefault(value, []), key)
 
     def _commit(self, batch: _Batch) -> None:
         with self._commit_lock:

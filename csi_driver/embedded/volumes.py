@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from csi_driver.background import Worker
+from csi_driver.embedded.allocator import Allocator, NoSpace
 from csi_driver.embedded.documents import VOLUME_NOT_FOUND, ApiError, detail
 from csi_driver.embedded.encryption import REQUIRED
 from csi_driver.embedded.layouts import BLOCK_SIZE, BUILT_IN_GROUPS, LEVELS, PARAMETERS, Layout
@@ -25,7 +26,7 @@ from csi_driver.embedded.model import (
     Encryption,
     Volume,
 )
-from csi_driver.embedded.pool import NO_SPACE, Allocator, NoSpace, Pool, VolumeLocks
+from csi_driver.embedded.pool import NO_SPACE, Pool, VolumeLocks
 from csi_driver.embedded.requests import Extension, NewVolume, VolumeUpdate
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Change, Store
@@ -51,6 +52,8 @@ class Volumes:
     can_encrypt: bool
     has_device: Callable[[str], bool] = lambda identity: False
     """Return whether a device is bound to the volume's file; set by the attacher."""
+    why_other_file: Callable[[str], str] = lambda identity: ""
+    """Return why what the volume's devices write is not in its file, "" = it is; set by the attacher."""
 
     def create(self, item: NewVolume) -> Volume:
         self.refuse_unsupported(item)

@@ -237,9 +237,29 @@ def storage(
     return [
         Reading(
             "nvmesh_csi_storage_pool_bytes",
-            "The pool: capacity, promised (to volumes and groups), available (in its filesystem).",
+            "The pool: capacity, promised (to volumes), shared (kept free for writes to blocks that snapshots share),"
+            " available (in its filesystem).",
             *_by("state", pool),
         ),
         _gauge("nvmesh_csi_storage_volumes", "Volumes in the pool.", volumes),
         _gauge("nvmesh_csi_storage_attachments", "Attachments of all clients.", attachments),
+    ]
+
+
+def snapshots(
+    count: Callable[[], int],
+    cuts: Callable[[], Mapping[str, int]],
+    last_extents: Callable[[], int],
+    last_s: Callable[[], float],
+) -> list[Metric]:
+    return [
+        _gauge("nvmesh_csi_storage_snapshots", "Snapshots in the pool.", count),
+        Reading(
+            "nvmesh_csi_storage_snapshot_cuts_total",
+            "Requests to cut a volume: done, or refused: busy, extents (too many), space, unsupported.",
+            *_by("result", cuts),
+            is_counter=True,
+        ),
+        _gauge("nvmesh_csi_storage_last_cut_extents", "Extents of the file that was cut last.", last_extents),
+        _gauge("nvmesh_csi_storage_last_cut_seconds", "Time of the last cut.", last_s),
     ]

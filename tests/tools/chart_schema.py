@@ -14,6 +14,7 @@ from typing import Any
 from csi_driver import flags
 from csi_driver.config import command_class
 from csi_driver.config.command import flags_of as flags_in
+from csi_driver.embedded.settings import read_factor
 from csi_driver.flags import Flag
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "helm" / "nvmesh-csi-driver" / "values.schema.json"
@@ -75,6 +76,7 @@ _SHAPES: Mapping[Callable[[str], object], Mapping[str, Any]] = {
     flags.read_boolean.read: {"type": "boolean"},
     flags.read_count.read: {"type": "integer", "minimum": 0},
     flags.read_positive_count.read: {"type": "integer", "minimum": 1},
+    read_factor.read: {"type": "number", "minimum": 0, "maximum": 100},
     flags.read_duration.read: {"$ref": "#/$defs/duration"},
     flags.read_positive_duration.read: {"$ref": "#/$defs/duration"},
     flags.read_size.read: {"$ref": "#/$defs/size"},

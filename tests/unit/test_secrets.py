@@ -15,8 +15,8 @@ import pytest
 import csi_driver
 from csi_driver.config.command import Values
 from csi_driver.controller.ports import CreateRequest
-from csi_driver.embedded.http import Password, Sessions
 from csi_driver.embedded.requests import EncryptionInit, Login
+from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.host_model import RunningRole
 from csi_driver.management.settings import Credentials, ManagementSettings

@@ -14,7 +14,7 @@ import pytest
 
 from csi_driver import flags as read
 from csi_driver.config import parse
-from csi_driver.embedded.settings import read_client
+from csi_driver.embedded.settings import read_client, read_factor
 from csi_driver.flags import Flag
 from tests.tools.chart_schema import OWN_VALUES, flags_of, value_name
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Rendered, helm, render
@@ -46,6 +46,7 @@ def other_value(flag: Flag[object]) -> Any:
         read.read_directory.read: f"/elsewhere{flag.name[1:]}",
         read.read_socket.read: "/elsewhere/csi.sock",
         read_client.read: "other=/elsewhere",
+        read_factor.read: 0.5,
         read.read_text.read: "words with spaces, and: a colon",
     }
     if flag.read.read in samples:

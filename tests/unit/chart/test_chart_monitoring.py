@@ -35,6 +35,7 @@ def every_metric() -> Iterator[Metric]:
     yield from metrics.node(dict, lambda: (0, 0), 4)
     yield from metrics.registration(lambda: True, dict)
     yield from metrics.storage(dict, lambda: 0, lambda: 0)
+    yield from metrics.snapshots(lambda: 0, dict, lambda: 0, lambda: 0)
     yield from metrics.process(version="", role="", driver_name="")
 
 

@@ -106,6 +106,19 @@ class Manager:
     def delete(self, name: str) -> Json:
         return self._one("/volumes/delete", {"_id": name, "uuid": self.uuid(name)})
 
+    # --- snapshots ---
+
+    def cut(self, name: str, volume: str, **fields: object) -> Json:
+        source = {"_id": volume, "uuid": self.uuid(volume)}
+        return self._one("/snapshots/save", {"name": name, "volume": source, **fields})
+
+    def snapshot(self, name: str) -> Json:
+        return self.get(f"/snapshots/{name}")
+
+    def delete_snapshot(self, name: str, identity: str | None = None) -> Json:
+        identity = identity or str(self.snapshot(name)["uuid"])
+        return self._one("/snapshots/delete", {"_id": name, "uuid": identity})
+
     # --- clients ---
 
     def attach(self, volume: str, client: str = "node-1", reference: str | None = None, **reservation: object) -> Json:

@@ -71,6 +71,14 @@ def detach(manager: Manager) -> None:
     manager.detach("attached")
 
 
+def cut(manager: Manager) -> None:
+    manager.cut("new", "attached")
+
+
+def delete_snapshot(manager: Manager) -> None:
+    manager.delete_snapshot("kept")
+
+
 POINTS: dict[Callable[[Manager], None], list[str]] = {
     save: ["store.write", "pool.make"],
     clone: ["store.write", "pool.reflink", "store.write"],
@@ -79,6 +87,8 @@ POINTS: dict[Callable[[Manager], None], list[str]] = {
     delete: ["store.write", "pool.remove", "store.write_later"],
     attach: ["pool.make", "store.write", "loops.attach", "files.show", "store.write_later"],
     detach: ["store.write", "loops.detach", "files.hide", "store.write_later"],
+    cut: ["store.write", "pool.reflink", "store.write"],
+    delete_snapshot: ["store.write", "pool.remove_snapshot", "store.write_later"],
 }
 """Changes that each request makes, in order; the manager is killed after each."""
 STEPS = [(act, number) for act, points in POINTS.items() for number in range(len(points))]
@@ -88,11 +98,14 @@ after_every_step = pytest.mark.parametrize(
 
 
 def prepared(directory: Path, loops: FakeLoopDevices, fault: Fault) -> Manager:
-    """Return a manager with the volumes old and attached, with points."""
+    """Return a manager with the volumes old and attached and the snapshot kept, with points."""
     manager = Manager(settings_in(directory), loops, reflinks=FakeReflinks())
     manager.save("old")
     manager.save("attached")
     manager.attach("attached")
+    with manager.server.pool.file(manager.uuid("attached")).open("r+b") as file:
+        file.write(b"precious")
+    manager.cut("kept", "attached")
     add_points(manager.server, fault)
     fault.armed = True
     return manager
@@ -123,7 +136,12 @@ def crashed(directory: Path, loops: FakeLoopDevices, act: Callable[[Manager], No
 def files_fit_rows(manager: Manager) -> bool:
     pool = manager.server.pool
     rows = {row["uuid"]: row["blocks"] * row["blockSize"] for row in manager.get("/volumes/all/0/0")}
-    return rows == {identity: pool.file(identity).stat().st_size for identity in pool.identities()}
+    snapshots = {row["uuid"]: row["blocks"] * row["blockSize"] for row in manager.get("/snapshots/all/0/0")}
+    return (rows, snapshots) == (sizes_in(pool.volumes), sizes_in(pool.snapshots))
+
+
+def sizes_in(directory: Path) -> dict[str, int]:
+    return {file.name.removesuffix(".img"): file.stat().st_size for file in directory.iterdir()}
 
 
 def desired(manager: Manager) -> list[str]:
@@ -142,7 +160,9 @@ def test_after_a_crash_files_fit_the_rows(
     settings = crashed(tmp_path, loops, act, number)
     with running(settings, loops) as manager:
         assert files_fit_rows(manager)
-        assert all(row["action"] == "none" for row in manager.get("/volumes/all/0/0"))
+        assert all(
+            row["action"] == "none" for kind in ("volumes", "snapshots") for row in manager.get(f"/{kind}/all/0/0")
+        )
 
 
 @after_every_step
@@ -166,6 +186,16 @@ def test_after_a_crash_acknowledged_volumes_and_attachments_are_there(
         assert manager.volume("attached")["status"] == "online"
         assert act is delete or manager.volume("old")["status"] == "online"
         assert act is detach or manager.report("attached")["vol_status"] == 4
+        assert act is delete_snapshot or manager.snapshot("kept")["isReady"]
+
+
+@pytest.mark.parametrize("number", range(len(POINTS[cut])))
+def test_after_a_crash_the_same_cut_succeeds(tmp_path: Path, loops: FakeLoopDevices, number: int) -> None:
+    settings = crashed(tmp_path, loops, cut, number)
+    with running(settings, loops, reflinks=FakeReflinks()) as manager:
+        cut(manager)
+        assert manager.snapshot("new")["isReady"]
+        assert files_fit_rows(manager)
 
 
 @after_every_step
@@ -179,8 +209,11 @@ def test_after_a_crash_the_pool_can_be_used_up_and_given_back_whole(
                 manager.detach(attachment["name"], client)
         for row in manager.get("/volumes/all/0/0"):
             manager.delete(row["_id"])
+        for row in manager.get("/snapshots/all/0/0"):
+            manager.delete_snapshot(row["_id"])
         assert manager.server.allocator.totals.allocated == 0
         assert not manager.server.pool.identities()
+        assert not list(manager.server.pool.snapshots.iterdir())
 
 
 def test_after_a_reboot_every_attachment_is_made_again(tmp_path: Path) -> None:
@@ -205,6 +238,19 @@ def test_a_file_without_a_row_is_kept(tmp_path: Path, loops: FakeLoopDevices) ->
     with running(settings, loops) as manager:
         manager.save("other")
     assert stray.read_bytes() == b"precious"
+
+
+def test_a_snapshots_file_without_a_row_is_kept_and_an_unfinished_one_removed(
+    tmp_path: Path, loops: FakeLoopDevices
+) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, loops) as manager:
+        snapshots = manager.server.pool.snapshots
+    stray = snapshots / "0f0e0d0c-0000-4000-8000-000000000000.img"
+    stray.write_bytes(b"precious")
+    (snapshots / f"{stray.name}.cutting").write_bytes(b"half")
+    with running(settings, loops):
+        assert list(snapshots.iterdir()) == [stray]
 
 
 def test_a_lost_file_that_may_have_held_data_is_not_made_anew(tmp_path: Path, loops: FakeLoopDevices) -> None:

@@ -21,9 +21,9 @@ import requests
 from csi_driver.embedded import connections
 from csi_driver.embedded import server as embedded
 from csi_driver.embedded.connections import MAX_BODY_BYTES, HttpRequest, HttpResponse
-from csi_driver.embedded.http import Password, Sessions
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.server import StorageServer
+from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import PreconditionFailed
 from tests.storage_switches import add_route
@@ -95,7 +95,7 @@ def test_unknown_paths_and_methods_are_not_found(caller: Caller) -> None:
     for method, path in (
         ("GET", "/nothing"),
         ("DELETE", "/volumes/save"),
-        ("POST", "/snapshots/save"),
+        ("POST", "/snapshots/nothing"),
         ("GET", "/openapi.json"),
     ):
         answer = caller.call(method, path)

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 import pytest
 
+from csi_driver.embedded.allocator import Allocator
 from csi_driver.embedded.model import FACTS, Fact
-from csi_driver.embedded.pool import Allocator
 from csi_driver.embedded.store import Store
 from tests.unit.embedded.manager import Json, Manager, calls_of
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from csi_driver.embedded.allocator import Allocator, NoSpace, PoolTooLarge
 from csi_driver.embedded.layouts import BUILT_IN_GROUPS, Layout
 from csi_driver.embedded.model import VOLUMES, Volume
-from csi_driver.embedded.pool import Allocator, NoSpace, Pool, PoolTooLarge
+from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.store import Change, Store
 from tests.fakes.management import FakeClock
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -200,7 +201,7 @@ class Account:
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Account]:
-    monkeypatch.setattr("csi_driver.embedded.pool._FEW", 0)
+    monkeypatch.setattr("csi_driver.embedded.allocator._FEW", 0)
     account = Account(tmp_path, 40 * GB)
     yield account
     account.close()
@@ -268,7 +269,7 @@ def test_what_is_allocated_can_be_written_whatever_was_looked_at_when(
     """Only the volumes are written here, so each allocated byte can be written."""
     account = Account(tmp_path_factory.mktemp("pool"), 40 * GB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("csi_driver.embedded.pool._FEW", 100 if few else 0)
+        patch.setattr("csi_driver.embedded.allocator._FEW", 100 if few else 0)
         for verb, name, number in steps:
             volume, given = account.store.get(VOLUMES, name), account.disk.given.get(name, 0)
             if verb == "make" and volume is None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.allocator import TotalsWrong
 from csi_driver.embedded.model import FACTS, Fact
-from csi_driver.embedded.pool import PoolInUse, TotalsWrong
+from csi_driver.embedded.pool import PoolInUse
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import StorageUnavailable
 from tests.storage_switches import add_points

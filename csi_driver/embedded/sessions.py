@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The password of the REST API and the sessions that a login opens."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver.deadline import SYSTEM_CLOCK, Clock
+from csi_driver.embedded.settings import StorageSettings
+from csi_driver.errors import HostFailure
+
+_MAX_SESSIONS = 4096
+
+
+class PasswordUnreadable(HostFailure):
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"the password file {path} {why}; expected one line, the password, readable by this user")
+
+
+@dataclass(frozen=True, slots=True)
+class Password:
+    """The password, in a file that is read at each login."""
+
+    path: Path
+
+    @classmethod
+    def generated(cls, path: Path) -> Password:
+        """Return the password of this file; a missing file is created with a random one, for its owner only."""
+        temporary = path.with_name(f".{path.name}.new")
+        try:
+            if not os.path.lexists(path):
+                temporary.unlink(missing_ok=True)
+                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(secrets.token_urlsafe(24) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except OSError as problem:
+            raise PasswordUnreadable(path, f"cannot be written: {problem}") from problem
+        return cls(path)
+
+    def matches(self, password: str) -> bool:
+        return hmac.compare_digest(self.read().encode(), password.encode("utf-8", "surrogatepass"))
+
+    def read(self) -> str:
+        """Return the password. Raises PasswordUnreadable."""
+        try:
+            text = self.path.read_text().rstrip("\n")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise PasswordUnreadable(self.path, f"cannot be read: {problem}") from problem
+        if not text:
+            raise PasswordUnreadable(self.path, "is empty")
+        return text
+
+
+@dataclass(eq=False)
+class Sessions:
+    """Open sessions, in memory. A session ends after a time without requests."""
+
+    settings: StorageSettings
+    password: Password
+    clock: Clock = SYSTEM_CLOCK
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _used_s: dict[str, float] = field(default_factory=dict, repr=False)
+    """When each session was used last, by its cookie."""
+
+    @property
+    def user(self) -> str:
+        return self.settings.user.lower()
+
+    def full_name(self, username: str) -> str:
+        name = username.lower()
+        return name if "@" in name else f"{name}@{self.user.rpartition('@')[2]}"
+
+    def open(self, username: str, password: str) -> str | None:
+        """Return the id of a new session; None for wrong credentials."""
+        matches = self.password.matches(password)
+        if self.full_name(username) != self.user or not matches:
+            return None
+        with self._guard:
+            self._forget_old()
+            session = secrets.token_urlsafe(24)
+            self._used_s[session] = self.clock.monotonic()
+        return session
+
+    def known(self, session: str | None) -> bool:
+        """Return whether a session is open, and restart its idle time."""
+        with self._guard:
+            used_s, now_s = self._used_s.pop(session or "", None), self.clock.monotonic()
+            if session is None or used_s is None or now_s - used_s > self.settings.session_idle_s:
+                return False
+            self._used_s[session] = now_s
+            return True
+
+    def close(self, session: str | None) -> None:
+        with self._guard:
+            self._used_s.pop(session or "", None)
+
+    def _forget_old(self) -> None:
+        oldest_s = self.clock.monotonic() - self.settings.session_idle_s
+        # Sessions are in the order of their last use.
+        for session, used_s in list(self._used_s.items()):
+            if used_s < oldest_s or len(self._used_s) >= _MAX_SESSIONS:
+                del self._used_s[session]
