@@ -145,11 +145,13 @@ class Allocator:
         """
         shared_blocks = self._shared_blocks(occupied_bytes)
         more = shared_blocks - volume.shared_blocks
-        if more > 0 and more > (free := self._free_blocks(change, more)):
+        # Also where nothing more is kept: its writes since the last cut took what was kept for them.
+        missing_bytes = more * BLOCK_SIZE - self._unpromised_bytes(change, more * BLOCK_SIZE)
+        if shared_blocks and missing_bytes > 0:
             raise NoSpace(
-                f"expected {more * BLOCK_SIZE} bytes free for writes to it (it occupies {occupied_bytes}, times "
-                f"--snapshot-overcommit {self._settings.snapshot_overcommit:g}), got {free * BLOCK_SIZE}; "
-                "delete volumes or snapshots"
+                f"the volume occupies {occupied_bytes} bytes; times --snapshot-overcommit "
+                f"{self._settings.snapshot_overcommit:g} they must stay free for writes to it, and {missing_bytes} are "
+                "missing in the pool's filesystem; delete volumes or snapshots"
             )
         cut = replace(volume, shared_blocks=shared_blocks, snapshots=volume.snapshots + 1)
         self.record(change, cut, volume)
@@ -174,10 +176,14 @@ class Allocator:
         return max(0, self.total_blocks - totals.allocated)
 
     def _free_blocks(self, view: Change | Store, enough: int) -> int:
-        """Return the blocks of data that the filesystem can still hold.
+        """Return the blocks of data that the filesystem can still hold; see `_unpromised_bytes`."""
+        return max(0, self._unpromised_bytes(view, enough * BLOCK_SIZE)) // BLOCK_SIZE
 
-        If there are `enough` even when no allocated block is written yet, the files are not scanned, and the result
-        may be too small. Later writes of other programs are not counted. With `overcommit` only the reserve is kept.
+    def _unpromised_bytes(self, view: Change | Store, enough_bytes: int) -> int:
+        """Return the free bytes less what the volumes still need; negative when those are missing.
+
+        If there are enough even when no allocated block is written yet, the files are not scanned, and the result may
+        be too small. Later writes of other programs are not counted. With `overcommit` only the reserve is kept.
         """
         free = self._pool.free_bytes()
         spare = free - self._settings.reserve_bytes
@@ -185,13 +191,12 @@ class Allocator:
             return sys.maxsize if spare >= 0 else 0
         totals = view.get(TOTALS, "pool") or Totals()
         allocated = (totals.data + totals.shared) * BLOCK_SIZE
-        least = max(0, spare - allocated) // BLOCK_SIZE
-        if least >= enough:
-            return least
+        if spare - allocated >= enough_bytes:
+            return spare - allocated
         scan = self._scan_files()
         # Space that became free since may have come from the volumes.
         held = scan.held_bytes - max(0, free - scan.free_bytes)
-        return max(0, spare - max(0, allocated - held)) // BLOCK_SIZE
+        return spare - max(0, allocated - held)
 
     def _scan_files(self) -> _Scan:
         """Return the space that the volumes' files occupy; of many files the result may be some seconds old.
