@@ -10,6 +10,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 XFS = ("mkfs.xfs", "-q", "-m", "reflink=1")
+BTRFS = ("mkfs.btrfs", "-q")
 EXT4 = ("mkfs.ext4", "-q", "-F")
 
 

@@ -109,9 +109,10 @@ class Storage:
         *,
         certificate: Path | None = None,
         key: Path | None = None,
+        has_reflinks: bool = True,
     ) -> Storage:
         pool = directory / "pool"
-        pool.mkdir()
+        pool.mkdir(parents=True)
         settings = StorageSettings(
             pool,
             clients=tuple(ClientSettings.under(name, directory / name) for name in CLIENTS),
@@ -125,7 +126,7 @@ class Storage:
         )
         loops = FakeLoopDevices()
         reflinks = FakeReflinks()
-        server = StorageServer(settings, loops, FakeLuksHeaders(), reflinks)
+        server = StorageServer(settings, loops, FakeLuksHeaders(), reflinks if has_reflinks else None)
         server.start()
         return cls(settings, loops, server, reflinks)
 
@@ -154,8 +155,8 @@ class EmbeddedSide:
 
 
 @contextlib.contextmanager
-def embedded_storage(directory: Path) -> Iterator[Storage]:
-    storage = Storage.start(directory)
+def embedded_storage(directory: Path, *, has_reflinks: bool = True) -> Iterator[Storage]:
+    storage = Storage.start(directory, has_reflinks=has_reflinks)
     try:
         yield storage
     finally:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.integration.rig import running
+from tests.reflink_pool import mounted
 from tests.sanity.test_csi_sanity import find_csi_sanity, run
 
 RUNS = 20
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> int:
     failures = 0
     with (
         tempfile.TemporaryDirectory(prefix="nvmesh-csi-sanity-") as place,
-        running(Path(place) / "d", "--volume-health") as rig,
+        mounted(Path(place), size_mib=4096) as pool,
+        running(pool / "d", "--volume-health") as rig,
     ):
         for number in range(1, runs + 1):
             for access in ("mount", "block"):

@@ -2,7 +2,7 @@
 """The public conformance suite for CSI drivers, csi-sanity v5.6.0, against the real processes.
 
 https://github.com/kubernetes-csi/csi-test. Nothing is skipped by us: the tests that the suite leaves out are exactly
-those of capabilities that the driver does not offer.
+those of capabilities that the driver does not offer on the filesystem below its pool.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.integration.rig import REPOSITORY, Rig, loops_over, mounts_below, running
+from tests.reflink_pool import BTRFS, EXT4, XFS, mounted
 
 pytestmark = [
     pytest.mark.root,
@@ -30,6 +31,14 @@ EXPANDED_BYTES = 2 << 30
 ATTACH_LIMIT = 4
 
 _CREATE = "Controller Service [Controller Server] CreateVolume should"
+
+NEVER_OFFERED: dict[str, tuple[str, ...]] = {
+    "GROUP_CONTROLLER_SERVICE": ("GroupController Service ",),
+    "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS": (
+        "CreateSnapshot [Controller Server] should succeed when creating a snapshot with accessibility requirements",
+    ),
+}
+"""Capabilities that the driver lacks: beginnings of the names of the tests that the suite skips for each."""
 
 NOT_OFFERED: dict[str, tuple[str, ...]] = {
     "CREATE_DELETE_SNAPSHOT": (
@@ -44,9 +53,9 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         f"{_CREATE} create volume from an existing source volume",
         f"{_CREATE} fail when the volume source volume is not found",
     ),
-    "GROUP_CONTROLLER_SERVICE": ("GroupController Service ",),
+    **NEVER_OFFERED,
 }
-"""Capabilities that the driver lacks: beginnings of the names of the tests that the suite skips for each."""
+"""The same for a driver whose pool has no reflinks."""
 
 _AT_LIMIT = (
     "Controller Service [Controller Server] ControllerPublishVolume"
@@ -64,9 +73,9 @@ class Report:
     skipped: frozenset[str]
     output: str
 
-    def to_be_skipped(self) -> set[str]:
-        """Return the tests of this version of the suite that need a capability which is not offered."""
-        beginnings = tuple(each for group in NOT_OFFERED.values() for each in group)
+    def of(self, capabilities: Mapping[str, tuple[str, ...]]) -> set[str]:
+        """Return the tests of this version of the suite that need one of these capabilities."""
+        beginnings = tuple(each for group in capabilities.values() for each in group)
         return {name for name in self.passed | self.failed | self.skipped if name.startswith(beginnings)}
 
 
@@ -91,9 +100,12 @@ def csi_sanity() -> str:
 
 @pytest.fixture
 def sanity_rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """A rig without volumes, as the suite counts them, and with the alpha RPCs."""
-    flags = ("--volume-health", *getattr(request, "param", ()))
-    with running(tmp_path_factory.mktemp("sanity") / "d", *flags) as rig:
+    """A rig without volumes, as the suite counts them, and with the alpha RPCs, on a filesystem of its own."""
+    make, *flags = getattr(request, "param", (EXT4,))
+    with (
+        mounted(tmp_path_factory.mktemp("sanity"), make, size_mib=4096) as place,
+        running(place / "d", "--volume-health", *flags) as rig,
+    ):
         yield rig
 
 
@@ -106,8 +118,8 @@ def run(program: str, rig: Rig, *flags: str) -> Report:
         program,
         f"--csi.endpoint=unix://{rig.directory}/node.sock",
         f"--csi.controllerendpoint=unix://{rig.directory}/controller.sock",
-        f"--csi.mountdir={rig.directory.parent}/mnt",
-        f"--csi.stagingdir={rig.directory.parent}/stage",
+        f"--csi.mountdir={rig.directory}/mnt",
+        f"--csi.stagingdir={rig.directory}/stage",
         f"--csi.testvolumesize={VOLUME_BYTES}",
         f"--csi.testvolumeexpandsize={EXPANDED_BYTES}",
         f"--csi.testvolumemutableparameters={attributes}",
@@ -134,26 +146,41 @@ def read(report: Path, output: str) -> Report:
     return Report(passed, failed, skipped, output)
 
 
-def assert_all_that_apply_pass(report: Report, *, at_limit: bool = False) -> None:
+def assert_all_that_apply_pass(report: Report, *, not_offered: Mapping[str, tuple[str, ...]], least: int) -> None:
     assert not report.failed, report.output[-20000:]
-    assert report.skipped == report.to_be_skipped() | (set() if at_limit else {_AT_LIMIT})
-    assert len(report.passed) >= 58
+    assert report.skipped - {_AT_LIMIT} == report.of(not_offered)
+    assert len(report.passed) >= least
 
 
+REFLINKS = pytest.mark.parametrize("sanity_rig", [(XFS,)], indirect=True, ids=["xfs"])
+
+
+@REFLINKS
 @pytest.mark.parametrize("access", ["mount", "block"])
 def test_the_suite_passes_and_leaves_nothing(csi_sanity: str, sanity_rig: Rig, access: str) -> None:
     report = run(csi_sanity, sanity_rig, f"--csi.testvolumeaccesstype={access}")
-    assert_all_that_apply_pass(report)
+    assert_all_that_apply_pass(report, not_offered=NEVER_OFFERED, least=94)
     assert loops_over(sanity_rig.directory) == []
-    assert mounts_below(sanity_rig.directory.parent) == []
+    assert mounts_below(sanity_rig.directory) == []
     assert list(sanity_rig.controller.volumes()) == []
+    assert _files(sanity_rig) == []
 
 
-@pytest.mark.parametrize("sanity_rig", [("--max-volumes-per-node", str(ATTACH_LIMIT))], indirect=True)
-def test_the_suite_passes_at_the_attach_limit(csi_sanity: str, sanity_rig: Rig) -> None:
+@pytest.mark.parametrize("sanity_rig", [(BTRFS,)], indirect=True, ids=["btrfs"])
+def test_snapshots_and_groups_pass_on_btrfs(csi_sanity: str, sanity_rig: Rig) -> None:
+    report = run(csi_sanity, sanity_rig, "--ginkgo.focus=Snapshot|source")
+    assert not report.failed, report.output[-20000:]
+    assert report.passed >= report.of(NOT_OFFERED) - report.of(NEVER_OFFERED)
+    assert _files(sanity_rig) == []
+
+
+@pytest.mark.parametrize(
+    "sanity_rig", [(EXT4, "--max-volumes-per-node", str(ATTACH_LIMIT))], indirect=True, ids=["ext4"]
+)
+def test_the_suite_passes_at_the_attach_limit_and_without_reflinks(csi_sanity: str, sanity_rig: Rig) -> None:
     assert sanity_rig.node.node_info().max_volumes_per_node == ATTACH_LIMIT
     report = run(csi_sanity, sanity_rig, "--csi.testnodevolumeattachlimit")
-    assert_all_that_apply_pass(report, at_limit=True)
+    assert_all_that_apply_pass(report, not_offered=NOT_OFFERED, least=59)
     assert _AT_LIMIT in report.passed
 
 
@@ -163,3 +190,9 @@ def test_every_group_of_tests_left_out_exists_in_the_suite(csi_sanity: str, sani
     for group in NOT_OFFERED.values():
         for beginning in group:
             assert any(name.startswith(beginning) for name in names), beginning
+
+
+def _files(rig: Rig) -> list[str]:
+    """Return the files of volumes and snapshots that are left in the pool."""
+    pool = rig.directory / "pool"
+    return [str(file) for place in ("volumes", "snapshots", "private") for file in (pool / place).glob("*")]
