@@ -96,9 +96,14 @@ class NodeLife(RuleBasedStateMachine):
 
     # --- the storage, the users ---
 
-    @initialize()
-    def attach_all(self) -> None:
+    @initialize(in_use=st.booleans())
+    def attach_all(self, in_use: bool) -> None:
+        """Half of the lives begin with a volume in use and a copy of it: chance alone comes there too seldom."""
         self.attach()
+        if in_use:
+            self.stage("csi-b", STAGINGS[1], block=False, read_only=False, death=0, again=False)
+            self.write(STAGINGS[1], b"precious")
+            self.copy("csi-b")
 
     @precondition(lambda self: any(life.disk is None for life in self.lives.values()))
     @rule()
@@ -217,6 +222,8 @@ class NodeLife(RuleBasedStateMachine):
         if done and not block and life.disk is not None:
             if path not in self.places and not self.elsewhere(name):
                 life.holds, life.begun = "filesystem", 0
+                is_known = life.inherited is None or life.fs_type != "btrfs"
+                assert is_known or (life.disk.filesystem and life.disk.filesystem.uuid == life.uuid)
             self.places[path] = Place(name, life.disk, False, read_only, read_only)
 
     @rule(

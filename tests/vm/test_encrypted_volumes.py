@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -48,12 +49,14 @@ class Machine:
         self.machine, self.access, self.by = machine, access, by
         kind = access.fs_type if isinstance(access, MountAccess) else "block"
         self.volume: Volume = machine.volume(f"csi-vm-{os.urandom(4).hex()}", SIZES[kind])
-        root = machine.directory / "kubelet"
+        root = machine.directory / f"kubelet-{self.volume.name}"
         root.mkdir()
         self.staging, self.target = root / "staging", root / "target"
         self.staging.mkdir()
         self.secrets: Mapping[str, str] = SECRET
         self.attachment, self.attached_read_only = 1, False
+        self.inherited: tuple[str, ...] | None = None
+        self.private_copy = False
         paths = LinuxPaths([root])
         self.use = assemble(
             devices=machine.devices,
@@ -78,8 +81,9 @@ class Machine:
         history = History.FIRST if self.attachment == 1 else History.ATTACHED
         size = self.volume.file.stat().st_size
         return PublishContext(
-            self.volume.name, self.volume.uuid, self.attachment, history, self.attached_read_only, size, self.by
-        ).as_map()
+            self.volume.name, self.volume.uuid, self.attachment, history, self.attached_read_only, size, self.by,
+            populated=self.inherited is not None, inherited_uuids=self.inherited or (), private_copy=self.private_copy,
+        ).as_map()  # fmt: skip
 
     @property
     def capability(self) -> Capability:
@@ -149,6 +153,12 @@ def overwrite(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file, and see it on disk."""
+    path.touch()
+    overwrite(path, data)
 
 
 def head(path: Path, length: int) -> bytes:
@@ -243,6 +253,64 @@ def test_the_usage_of_an_encrypted_volume_is_returned(machine: HostMachine) -> N
     usage = node.use.statistics.usage(node.volume_id, str(node.target), "", deadline=Deadline.after(60))
     assert 80 * MIB < usage.total_bytes < 112 * MIB
     node.down()
+
+
+# --- copies ---------------------------------------------------------------------------------------------------
+
+
+def copy_of(node: Machine) -> Machine:
+    """Attach a copy of the volume as it is now, of which nobody else writes to the file meanwhile."""
+    copy = Machine(node.machine, node.access, node.by)
+    with node.volume.file.open("rb") as source, copy.volume.file.open("r+b") as target:
+        shutil.copyfileobj(source, target, MIB)
+    copy.inherited = (node.volume.uuid,)
+    return copy
+
+
+@pytest.mark.parametrize("access", [EXT4, XFS], ids=["ext4", "xfs"])
+def test_a_copy_of_an_encrypted_volume_is_used_beside_its_source_with_a_passphrase_of_its_own(
+    machine: HostMachine, access: MountAccess
+) -> None:
+    node = luks(machine, access)
+    node.up()
+    write_file(node.target / "file", b"kept")
+    copy = copy_of(node)
+    copy.secrets = {"passphrase": "of the copy", "previousPassphrase": "correct horse"}
+    copy.up()
+    assert (copy.target / "file").read_bytes() == b"kept"
+    for each in (node, copy):
+        write_file(each.target / "own", each.volume.name.encode())
+    for each in (node, copy):
+        each.down()
+        each.attachment = 3
+        each.up()
+        assert (each.target / "own").read_bytes() == each.volume.name.encode()
+    assert [copy.opens(told) for told in ("of the copy", "correct horse")] == [True, False]
+    assert [node.opens(told) for told in ("of the copy", "correct horse")] == [False, True]
+    for each in (copy, node):
+        each.down()
+        assert not each.is_open()
+
+
+@pytest.mark.parametrize("access", [EXT4, XFS], ids=["ext4", "xfs"])
+def test_an_encrypted_private_copy_is_mounted_read_only_with_its_log_replayed(
+    machine: HostMachine, access: MountAccess
+) -> None:
+    node = luks(machine, access)
+    node.up()
+    shell("sync")
+    write_file(node.target / "file", b"kept")
+    copy = copy_of(node)
+    copy.private_copy = copy.attached_read_only = True
+    copy.stage()
+    copy.publish(read_only=True)
+    assert (copy.target / "file").read_bytes() == b"kept"
+    assert "mode:    read/write" in shell("cryptsetup", "status", copy.volume.name)
+    with pytest.raises(OSError, match="Read-only file system"):
+        (copy.target / "new").touch()
+    for each in (copy, node):
+        each.down()
+        assert not each.is_open()
 
 
 # --- raw block ------------------------------------------------------------------------------------------------
