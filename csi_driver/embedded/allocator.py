@@ -143,6 +143,9 @@ class Allocator:
         The snapshot shares them, so the volume takes new ones when it writes there, at most that many until the next
         cut: what earlier snapshots alone hold is no longer free. The files of snapshots are never written to.
         """
+        free, least = self._pool.free_bytes(), self._settings.reserve_bytes
+        if free < least:
+            raise NoSpace(f"{free} bytes are free in the pool's filesystem, expected at least {least} (--reserve)")
         shared_blocks = self._shared_blocks(occupied_bytes)
         more = shared_blocks - volume.shared_blocks
         # Also where nothing more is kept: its writes since the last cut took what was kept for them.
