@@ -42,7 +42,7 @@ def pod_specs(document: Document) -> Iterator[Document]:
     """Yield the specification of the pod that a document describes, by itself or as a template."""
     if document["kind"] == "Pod":
         yield document["spec"]
-    elif "template" in document.get("spec", {}):
+    elif "spec" in document.get("spec", {}).get("template", {}):
         yield document["spec"]["template"]["spec"]
 
 

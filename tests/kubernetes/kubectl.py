@@ -93,7 +93,8 @@ class Cluster:
     def all(self, kind: str, namespace: str | None = "default", selector: str = "") -> list[Document]:
         """Return the objects of a kind, of all namespaces where `namespace` is None."""
         where = ("-A",) if namespace is None else ("-n", namespace)
-        return list(json.loads(self.kubectl("get", kind, *where, "-l", selector, "-o", "json"))["items"])
+        how = ("-l", selector, "-o", "json", "--show-managed-fields")
+        return list(json.loads(self.kubectl("get", kind, *where, *how))["items"])
 
     def apply(self, documents: Iterable[Document]) -> None:
         """Make or change objects, as `kubectl apply -f` does with a file of them."""
@@ -214,7 +215,7 @@ class Cluster:
 # Claims are protected by pods, volumes by claims; classes and namespaces are needed to the end.
 _DELETED_LATE = {
     "PersistentVolumeClaim": 1, "PersistentVolume": 2, "Secret": 3, "StorageClass": 3, "VolumeAttributesClass": 3,
-    "Namespace": 4,
+    "VolumeSnapshotClass": 3, "VolumeGroupSnapshotClass": 3, "Namespace": 4,
 }  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pod that writes all the time, and checks that disturbances of the driver do not affect it."""
+"""Claims, pods and snapshots; a pod that writes all the time, which disturbances of the driver do not affect."""
 
 from __future__ import annotations
 
 from tests.kubernetes import examples
+from tests.kubernetes.driver import NAME
 from tests.kubernetes.kubectl import Cluster, Document
 from tests.kubernetes.stage import Stage
+
+VOLUME_SNAPSHOTS = "volumesnapshots.snapshot.storage.k8s.io"
 
 _SCRIPT = """
 dd if=/dev/urandom of=/data/kept bs=1M count=32 2>/dev/null && sync
@@ -56,6 +59,46 @@ def user_of(claim_name: str, name: str = "", script: str = "exec sleep 1000000")
             "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": claim_name}}],
         },
     }
+
+
+def device_user_of(claim_name: str, name: str = "") -> Document:
+    """Return a pod that has the claim's raw device at /dev/data."""
+    pod = user_of(claim_name, name)
+    container = pod["spec"]["containers"][0]
+    del container["volumeMounts"]
+    container["volumeDevices"] = [{"name": "data", "devicePath": "/dev/data"}]
+    return pod
+
+
+def snapshot_class(name: str = "snapshots", deletion_policy: str = "Delete") -> Document:
+    """Return a class of snapshots."""
+    return {
+        "apiVersion": "snapshot.storage.k8s.io/v1",
+        "kind": "VolumeSnapshotClass",
+        "metadata": {"name": name},
+        "driver": NAME,
+        "deletionPolicy": deletion_policy,
+    }
+
+
+def snapshot(name: str, claim_name: str, class_name: str = "snapshots") -> Document:
+    """Return a snapshot of a claim."""
+    return {
+        "apiVersion": "snapshot.storage.k8s.io/v1",
+        "kind": "VolumeSnapshot",
+        "metadata": {"name": name},
+        "spec": {"volumeSnapshotClassName": class_name, "source": {"persistentVolumeClaimName": claim_name}},
+    }
+
+
+def of_snapshot(name: str) -> Document:
+    """Return the data source of a claim that restores a snapshot."""
+    return {"apiGroup": "snapshot.storage.k8s.io", "kind": "VolumeSnapshot", "name": name}
+
+
+def of_claim(name: str) -> Document:
+    """Return the data source of a claim that copies another."""
+    return {"kind": "PersistentVolumeClaim", "name": name}
 
 
 class Writer:

@@ -32,6 +32,7 @@ class Stage:
         self._documents: list[Document] = []
         self._by_hand: list[str] = []
         self._before = set(storage.volumes())
+        self._snapshots_before = set(storage.snapshots())
 
     def example(self, name: str, schedulers: Collection[str] = ()) -> list[Document]:
         """Apply a file of deploy/examples and return its documents."""
@@ -91,6 +92,9 @@ class Stage:
         self.cluster.wait_for(
             lambda: set(self.storage.volumes()) - self._before <= by_hand,
             f"the volumes of the test to be gone, of {sorted(made)}",
+        )
+        self.cluster.wait_for(
+            lambda: set(self.storage.snapshots()) <= self._snapshots_before, "the snapshots of the test to be gone"
         )
         for name in self._by_hand:
             self.storage.delete(name)

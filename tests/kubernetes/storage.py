@@ -57,6 +57,10 @@ class Storage:
         """Return every volume by its name."""
         return {str(volume["name"]): volume for volume in self.call("GET", "/volumes/all/0/10000")}
 
+    def snapshots(self) -> dict[str, Document]:
+        """Return every snapshot by its name."""
+        return {str(snapshot["name"]): snapshot for snapshot in self.call("GET", "/snapshots/all/0/10000")}
+
     def clients(self) -> dict[str, Document]:
         """Return every storage client by its id."""
         return {str(client["_id"]): client for client in self.call("GET", "/clients/all/0/1000")}

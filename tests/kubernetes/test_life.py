@@ -8,7 +8,7 @@ import pytest
 from tests.kubernetes import examples
 from tests.kubernetes.driver import NAME, Driver
 from tests.kubernetes.kubectl import Cluster, Document, status_of
-from tests.kubernetes.load import claim, user_of
+from tests.kubernetes.load import claim, device_user_of, user_of
 from tests.kubernetes.stage import Stage
 from tests.kubernetes.storage import Storage
 from tests.kubernetes.test_examples_alone import GIB, bytes_in, pod_of
@@ -184,10 +184,7 @@ def test_a_volume_that_does_not_exist_is_named_in_the_pods_events(stage: Stage, 
 def test_old_data_on_a_new_volume_is_refused_and_kept(stage: Stage, cluster: Cluster) -> None:
     """Data of a raw device is never formatted by a later request for a filesystem."""
     raw = claim("raw", volumeMode="Block")
-    writer = user_of("raw", "raw-writer")
-    container = writer["spec"]["containers"][0]
-    del container["volumeMounts"]
-    container["volumeDevices"] = [{"name": "data", "devicePath": "/dev/data"}]
+    writer = device_user_of("raw", "raw-writer")
     stage.apply([raw, writer])
     cluster.wait_ready("raw-writer")
     volume = stage.volume("raw")

@@ -29,8 +29,35 @@ KINDS = {
     "apps/v1": {"Deployment", "StatefulSet"},
     "batch/v1": {"Job"},
     "storage.k8s.io/v1": {"StorageClass", "VolumeAttributesClass"},
+    "snapshot.storage.k8s.io/v1": {"VolumeSnapshotClass", "VolumeSnapshot"},
+    "groupsnapshot.storage.k8s.io/v1": {"VolumeGroupSnapshotClass", "VolumeGroupSnapshot"},
+    "velero.io/v1": {"Schedule"},
+    "volsync.backube/v1alpha1": {"ReplicationSource", "ReplicationDestination"},
 }
-CLUSTER_WIDE = {"Namespace", "PersistentVolume", "StorageClass", "VolumeAttributesClass"}
+SNAPSHOT_CLASSES = ("VolumeSnapshotClass", "VolumeGroupSnapshotClass")
+CLUSTER_WIDE = {"Namespace", "PersistentVolume", "StorageClass", "VolumeAttributesClass", *SNAPSHOT_CLASSES}
+# Fields of programs that do not run in the test cluster, from the CRDs of Velero 1.18 and VolSync 0.17.
+_RESTIC = {
+    "repository": str, "copyMethod": str, "cacheCapacity": str, "volumeSnapshotClassName": str, "storageClassName": str,
+    "accessModes": list, "capacity": str,
+}  # fmt: skip
+_RETAIN = dict.fromkeys(("last", "hourly", "daily", "weekly", "monthly", "yearly"), int)
+FIELDS: dict[str, dict[str, Any]] = {
+    "Schedule": {
+        "schedule": str,
+        "template": {"includedNamespaces": list, "snapshotMoveData": bool, "csiSnapshotTimeout": str, "ttl": str},
+    },
+    "ReplicationSource": {
+        "sourcePVC": str,
+        "trigger": {"schedule": str, "manual": str},
+        "restic": {**_RESTIC, "pruneIntervalDays": int, "retain": _RETAIN},
+    },
+    "ReplicationDestination": {
+        "trigger": {"schedule": str, "manual": str},
+        "restic": {**_RESTIC, "destinationPVC": str, "previous": int, "restoreAsOf": str},
+    },
+}
+OF_PROGRAMS = {"velero.yaml", "volsync.yaml"}
 # Kubernetes' access modes as the provisioner translates them for a driver with SINGLE_NODE_MULTI_WRITER.
 MODES = {
     "ReadWriteOnce": AccessMode.SINGLE_NODE_MULTI_WRITER,
@@ -105,7 +132,7 @@ def test_the_index_explains_an_example(name: str) -> None:
     assert re.search(rf"(?m)^\| .*\]\({re.escape(name)}\)", (EXAMPLES / "README.md").read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_PROGRAMS])
 def test_an_example_is_tried_on_a_cluster(name: str) -> None:
     tests = "".join(path.read_text() for path in sorted((ROOT / "tests" / "kubernetes").glob("test_*.py")))
     assert f'"{name}"' in tests
@@ -118,6 +145,23 @@ def test_every_container_has_an_image_of_the_test_cluster() -> None:
             for spec in examples.pod_specs(document):
                 assert {container["image"] for container in spec["containers"]} == {examples.IMAGE}
                 assert "schedulerName" not in spec
+
+
+def assert_known(given: Document, known: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        if isinstance(value, dict):
+            assert_known(value, known[key])
+        else:
+            assert isinstance(value, known[key])
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_an_object_of_another_program_has_fields_that_it_knows(kind: str) -> None:
+    found = list(every(kind))
+    assert found
+    for document in found:
+        assert_known(document["spec"], FIELDS[kind])
+        assert document["spec"].get("restic", {}).get("copyMethod", "Clone") in ("Clone", "Snapshot")
 
 
 # --- references -----------------------------------------------------------------------------------------
@@ -147,7 +191,9 @@ def test_claims_name_a_class_of_their_example_of_the_chart_or_none() -> None:
 
 def test_no_class_of_an_example_takes_the_place_of_one_of_the_chart() -> None:
     names = {
-        document["metadata"]["name"] for kind in ("StorageClass", "VolumeAttributesClass") for document in every(kind)
+        document["metadata"]["name"]
+        for kind in ("StorageClass", "VolumeAttributesClass", *SNAPSHOT_CLASSES)
+        for document in every(kind)
     }
     assert names
     assert {name for name in names if not name.startswith("example-")} == set()
@@ -157,7 +203,32 @@ def test_everything_is_of_this_driver() -> None:
     provisioners = {document["provisioner"] for document in every("StorageClass")}
     drivers = {document["spec"]["csi"]["driver"] for document in every("PersistentVolume")}
     changers = {document["driverName"] for document in every("VolumeAttributesClass")}
-    assert provisioners == drivers == changers == {DEFAULT_DRIVER_NAME}
+    snapshotters = {document["driver"] for kind in SNAPSHOT_CLASSES for document in every(kind)}
+    assert provisioners == drivers == changers == snapshotters == {DEFAULT_DRIVER_NAME}
+
+
+def test_snapshots_and_copies_have_a_source_and_a_class_that_an_example_makes() -> None:
+    def place(document: Document, name: str) -> tuple[str, str]:
+        return document["metadata"].get("namespace", "default"), name
+
+    def made(kind: str) -> set[tuple[str, str]]:
+        return {place(document, document["metadata"].get("name", "")) for document in every(kind)}
+
+    copies = [claim for claim in every("PersistentVolumeClaim") if "dataSource" in claim["spec"]]
+    assert len(copies) >= 4
+    for claim in copies:
+        source = claim["spec"]["dataSource"]
+        assert source.get("apiGroup", "") == ("snapshot.storage.k8s.io" if source["kind"] == "VolumeSnapshot" else "")
+        assert place(claim, source["name"]) in made(source["kind"])
+    for snapshot in every("VolumeSnapshot"):
+        spec = snapshot["spec"]
+        assert place(snapshot, spec["source"]["persistentVolumeClaimName"]) in made("PersistentVolumeClaim")
+        assert ("default", spec["volumeSnapshotClassName"]) in made("VolumeSnapshotClass")
+    for group in every("VolumeGroupSnapshot"):
+        labels = group["spec"]["source"]["selector"]["matchLabels"].items()
+        labelled = [each["metadata"].get("labels", {}).items() for each in every("PersistentVolumeClaim")]
+        assert sum(labels <= each for each in labelled) > 1
+        assert ("default", group["spec"]["volumeGroupSnapshotClassName"]) in made("VolumeGroupSnapshotClass")
 
 
 # --- requests to the driver --------------------------------------------------------------------------------
