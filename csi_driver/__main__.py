@@ -122,6 +122,7 @@ def _volume(command: VolumeCommand) -> int:
 def _storage(command: StorageCommand) -> int:
     from csi_driver.embedded.server import serve
     from csi_driver.host.connectors.loop import LoopDevices
+    from csi_driver.host.freeze import Freezer
     from csi_driver.host.luks import LuksFiles
     from csi_driver.host.reflink import ReflinkedFiles
     from csi_driver.telemetry.metrics import process
@@ -137,10 +138,11 @@ def _storage(command: StorageCommand) -> int:
         )
 
     headers = LuksFiles()
+    freezes = Freezer(command.storage.pool_directory)
     can_encrypt = headers.are_possible()
     if not can_encrypt:
         _LOG.warning("the storage cannot encrypt volumes: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
-    return serve(command.storage, LoopDevices(), headers if can_encrypt else None, pages, ReflinkedFiles())
+    return serve(command.storage, LoopDevices(), headers if can_encrypt else None, pages, ReflinkedFiles(), freezes)
 
 
 if __name__ == "__main__":

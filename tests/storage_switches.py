@@ -127,7 +127,8 @@ def add_points(server: StorageServer, at_point: Callable[[str], None]) -> None:
     server.store.write_later = after("store.write_later", server.store)  # type: ignore[method-assign, assignment]
     server.pool.make = after("pool.make", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.remove = after("pool.remove", server.pool)  # type: ignore[method-assign, assignment]
-    server.pool.reflink = after("pool.reflink", server.pool)  # type: ignore[method-assign, assignment]
+    server.pool.begin_reflink = after("pool.begin_reflink", server.pool)  # type: ignore[method-assign, assignment]
+    server.pool.complete_reflink = after("pool.complete_reflink", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.remove_snapshot = after("pool.remove_snapshot", server.pool)  # type: ignore[method-assign, assignment]
     attacher = server.attacher
     attacher.loops = port("loops", attacher.loops, "attach", "detach", "fence", "grow")

@@ -21,6 +21,7 @@ from csi_driver.embedded.model import (
     Part,
     Report,
     Snapshot,
+    SnapshotGroup,
     Volume,
 )
 from csi_driver.embedded.settings import StorageSettings
@@ -135,6 +136,20 @@ def snapshot_document(snapshot: Snapshot) -> Document:
     return document
 
 
+def snapshot_group_document(group: SnapshotGroup, members: Iterable[Snapshot]) -> Document:
+    return {
+        "metadata": {},
+        **group.given,
+        "_id": group.name,
+        "name": group.name,
+        "uuid": group.uuid,
+        "created": group.created,
+        "action": group.action,
+        "isReady": group.is_ready,
+        "snapshots": [snapshot_document(member) for member in members],
+    }
+
+
 def client_document(client: Client, reports: list[Report], attachments: list[Attachment], *, down: bool) -> Document:
     return {
         "_id": client.name,
@@ -167,10 +182,10 @@ GROUP_USAGE: Document = {"allowOverflow": True, "allocatedBlocks": 0, "reservedB
 """The use of a VPG's reserved space, which is empty."""
 
 
-def system_info(database_uuid: str, why_no_snapshots: str) -> Document:
+def system_info(database_uuid: str, why_no_snapshots: str, why_no_groups: str) -> Document:
     features = {
         "snapshots": not why_no_snapshots,
-        "groupSnapshots": False,
+        "groupSnapshots": not why_no_groups,
         "changedBlocks": False,
         "reason": why_no_snapshots,
     }

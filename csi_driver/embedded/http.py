@@ -18,12 +18,14 @@ from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.connections import COOKIE, HttpRequest, HttpResponse, answer, answer_text
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
+from csi_driver.embedded.group_snapshots import GroupSnapshots
 from csi_driver.embedded.layouts import BUILT_IN_GROUPS
 from csi_driver.embedded.model import (
     ATTACHMENTS,
     CLIENTS,
     FACTS,
     REPORTS,
+    SNAPSHOT_GROUPS,
     SNAPSHOTS,
     VOLUMES,
     Client,
@@ -40,6 +42,7 @@ from csi_driver.embedded.requests import (
     Login,
     NewClone,
     NewSnapshot,
+    NewSnapshotGroup,
     NewVolume,
     RequestBody,
     SnapshotDeletion,
@@ -103,6 +106,7 @@ class Api:
     encryptions: Encryptions
     sessions: Sessions
     snapshots: Snapshots
+    groups: GroupSnapshots
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def __post_init__(self) -> None:
@@ -134,6 +138,9 @@ class Api:
             ("GET", "/snapshots/*"): _get(self.snapshot),
             ("POST", "/snapshots/save"): _each(NewSnapshot, self.cut),
             ("POST", "/snapshots/delete"): _each(SnapshotDeletion, self.delete_snapshot),
+            ("GET", "/snapshotGroups/*"): _get(self.snapshot_group),
+            ("POST", "/snapshotGroups/save"): _each(NewSnapshotGroup, self.cut_group),
+            ("POST", "/snapshotGroups/delete"): _each(SnapshotDeletion, self.delete_group),
             ("POST", "/clients/attach"): _post(AttachRequest, self.attach),
             ("POST", "/clients/detach"): _post(DetachRequest, self.detach),
         }
@@ -208,6 +215,20 @@ class Api:
         self.snapshots.delete(item.id, item.uuid)
         return {"snapshot": None}
 
+    def snapshot_group(self, name: str) -> Document:
+        group = self.store.get(SNAPSHOT_GROUPS, name)
+        if group is None:
+            raise ApiError(documents.SNAPSHOT_GROUP_NOT_FOUND, f"Snapshot group {name} not found")
+        return documents.snapshot_group_document(group, self.groups.members(group))
+
+    def cut_group(self, item: NewSnapshotGroup) -> _State:
+        group = self.groups.save(item)
+        return {"snapshotGroup": documents.snapshot_group_document(group, self.groups.members(group))}
+
+    def delete_group(self, item: SnapshotDeletion) -> _State:
+        self.groups.delete(item.id, item.uuid)
+        return {"snapshotGroup": None}
+
     def create(self, item: NewVolume) -> _State:
         return {"volume": documents.volume_document(self.volumes.create(item))}
 
@@ -281,7 +302,7 @@ class Api:
 
     def system_info(self) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
-        return documents.system_info(fact.value if fact else "", self.snapshots.why_none)
+        return documents.system_info(fact.value if fact else "", self.snapshots.why_none, self.groups.why_none)
 
 
 def _get(act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:

@@ -191,6 +191,10 @@ class SnapshotGroup:
     action: str = CUTTING
     created: str = ""
 
+    @property
+    def is_ready(self) -> bool:
+        return self.action == NO_ACTION
+
 
 @dataclass(frozen=True, slots=True)
 class Client:

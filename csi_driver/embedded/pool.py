@@ -199,26 +199,33 @@ class Pool:
         The content is that of one moment. At any time `target` is absent, an older file, or complete and on disk. The
         caller holds the locks of both. Raises SystemCallFailed, also where reflinks are not possible.
         """
-        temporary = _unfinished(target)
-        reflinks = self._able()
+        self.begin_reflink(source, target)
+        return self.complete_reflink(target, size_bytes, mode=mode)
+
+    def begin_reflink(self, source: Path, target: Path) -> None:
+        """Share the blocks with an unfinished file: what `complete_reflink` does to it delays no writer of `source`."""
+        temporary, reflinks = _unfinished(target), self._able()
         with _named(f"reflink {source} to {target}"):
             temporary.unlink(missing_ok=True)  # of a crash
-            try:
-                with (
-                    _opened(source, os.O_RDONLY) as origin,
-                    _opened(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR) as made,
-                ):
-                    reflinks.clone(origin, made)
+            with (
+                _removed_on_failure(temporary),
+                _opened(source, os.O_RDONLY) as origin,
+                _opened(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR) as made,
+            ):
+                reflinks.clone(origin, made)
+
+    def complete_reflink(self, target: Path, size_bytes: int, *, mode: int = 0o600) -> int:
+        """Give an unfinished file its length and name, on disk; return its bytes there."""
+        temporary = _unfinished(target)
+        with _named(f"reflink to {target}"):
+            with _removed_on_failure(temporary):
+                with _opened(temporary, os.O_RDWR) as made:
                     if os.fstat(made).st_size < size_bytes:
                         os.ftruncate(made, size_bytes)
                     os.fchmod(made, mode)
                     os.fsync(made)
                     occupied_bytes = os.fstat(made).st_blocks * 512
                 os.rename(temporary, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
             self._syncs[target.parent].sync()
         return occupied_bytes
 
@@ -308,6 +315,16 @@ class VolumeLocks:
                     del self._locks[identity]
                 else:
                     self._locks[identity] = (lock, users - 1)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.unlink()
+        raise
 
 
 def _unfinished(file: Path) -> Path:

@@ -265,8 +265,27 @@ class NewSnapshot(RequestBody):
         return self.name, None
 
 
+class NewSnapshotGroup(RequestBody):
+    """An item of /snapshotGroups/save."""
+
+    name: Annotated[ObjectName, Field(min_length=1, max_length=64)]
+    metadata: Metadata
+    members: Annotated[list[NewSnapshot], Field(min_length=1, max_length=256)]
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        return self.name, None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names, volumes = {each.name for each in self.members}, {each.volume.uuid for each in self.members}
+        if min(len(names), len(volumes)) < len(self.members):
+            raise ValueError("expected each snapshot and each volume once")
+        return self
+
+
 class SnapshotDeletion(_Named):
-    """An item of /snapshots/delete."""
+    """An item of /snapshots/delete or /snapshotGroups/delete."""
 
 
 class EncryptionInit(_Named):

@@ -23,12 +23,13 @@ from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.connections import HttpServer
 from csi_driver.embedded.encryption import Encryptions
+from csi_driver.embedded.group_snapshots import GroupSnapshots
 from csi_driver.embedded.http import Api
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import ATTACHMENTS, FACTS, SNAPSHOTS, VOLUMES, Fact, Volume
 from csi_driver.embedded.pool import Pool, VolumeLocks
 from csi_driver.embedded.sessions import Password, Sessions
-from csi_driver.embedded.settings import LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.embedded.settings import Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
 from csi_driver.embedded.snapshots import Snapshots
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
@@ -54,12 +55,14 @@ class StorageServer:
         loops: LoopDevices,
         headers: LuksHeaders | None = None,
         reflinks: Reflinks | None = None,
+        freezes: Freezes | None = None,
     ) -> None:
         """Open and repair the pool and settle all attachments. Raises leaves of DriverError.
 
-        Without `headers` no volume can be encrypted by the storage, without `reflinks` there are no snapshots.
+        Without `headers` no volume can be encrypted by the storage, without `reflinks` there are no snapshots, and without
+        `freezes` none of several volumes at one moment.
         """
-        self.settings = settings
+        self.settings, self._freezes = settings, freezes
         for client in settings.clients:
             _check_device_directory(client.device_directory)
         tls = _certificate(settings)
@@ -88,6 +91,7 @@ class StorageServer:
         self.volumes = volumes = Volumes(settings, store, self.allocator, pool, locks, worker, can_encrypt)
         self.snapshots = Snapshots(settings.snapshot_extent_limit, store, self.allocator, pool, locks, volumes, worker)
         self.clones = Clones(store, pool, locks, volumes, settings.snapshot_extent_limit)
+        self.groups = GroupSnapshots(settings.freeze_limit_s, self._freezes, store, pool, locks, self.snapshots, worker)
         names = tuple(client.name for client in settings.clients)
         self.clients = Clients(store, names, volumes.check_file, volumes.secure_file)
         self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
@@ -105,6 +109,7 @@ class StorageServer:
             self.encryptions,
             self.sessions,
             self.snapshots,
+            self.groups,
         )
 
     def recover(self) -> None:
@@ -112,6 +117,7 @@ class StorageServer:
         self.clients.install()
         self.store.write(_install_database_uuid)
         store, volumes = self.store, self.volumes
+        self.groups.recover()
         self.snapshots.recover()
         files = self.pool.identities()
         self.clones.recover()
@@ -227,9 +233,10 @@ def serve(
     headers: LuksHeaders | None = None,
     beside: Callable[[StorageServer], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
     reflinks: Reflinks | None = None,
+    freezes: Freezes | None = None,
 ) -> int:
     """Run the manager inside the context `beside(server)` until SIGTERM or SIGINT. Returns the exit status."""
-    server = StorageServer(settings, loops, headers, reflinks)
+    server = StorageServer(settings, loops, headers, reflinks, freezes)
     try:
         with beside(server):
             server.run(lambda: _announce(server))

@@ -7,7 +7,8 @@ The adapters of the ports are in csi_driver.host.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self
@@ -104,6 +105,13 @@ class StorageSettings:
         read_positive_count.named("N", "extents"),
         "Extents of a volume's file above which snapshots and clones of it are refused: they block its writers too"
         " long.",
+    )
+    freeze_limit_s: float = flag(
+        10.0,
+        "--freeze-limit",
+        read_positive_duration,
+        "Longest time for which the mounted filesystems of a group are frozen while its snapshots are made; then they"
+        " are thawed, and the request fails.",
     )
     node_name: str = NODE_NAME.field()
     device_directory: Path = DEVICE_DIRECTORY.field()
@@ -239,4 +247,20 @@ class Reflinks(Protocol):
 
     def why_not_comparable(self, fd: int) -> str:
         """Return why equal addresses of two files' extents do not prove equal content there; "" when they do."""
+        ...
+
+
+class Freezes(Protocol):
+    """Holds the writes to files of the pool."""
+
+    def held(self, files: Sequence[Path], *, limit_s: float) -> AbstractContextManager[Callable[[], None]]:
+        """Hold the writes to the files for `limit_s` at most; give the function that ends this and verifies it.
+
+        Copies made until it is called are of one moment, unless it raises NotFreezable. Raises NotFreezable at once
+        where a file's device is in use and cannot be frozen.
+        """
+        ...
+
+    def recover(self) -> bool:
+        """Thaw what is left frozen; False: retry later."""
         ...

@@ -37,7 +37,7 @@ from csi_driver.embedded.pool import NO_SPACE, Pool, VolumeLocks
 from csi_driver.embedded.requests import NewSnapshot, SourceVolume
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
-from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
+from csi_driver.errors import DriverError, HostFailure, NotFreezable, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,10 @@ REFUSALS = {
     documents.SOURCE_BUSY: "busy",
 }
 """Errors that the metric of refused cuts tells apart."""
+
+
+def now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def lock_of(snapshot_name: str) -> str:
@@ -132,8 +136,7 @@ class Snapshots:
     def _cut(self, item: NewSnapshot) -> Snapshot:
         extents = self.measure(item.volume)
         with self.locks.hold(item.volume.uuid):
-            if reason := self.volumes.why_other_file(item.volume.uuid):
-                raise _not_usable(item.volume.id, reason)
+            self.verify_file(item.volume)
             given = item.given("name", "volume")
             snapshot = self.store.write(lambda change: self.begin(change, item.name, item.volume, given))
             try:
@@ -141,9 +144,12 @@ class Snapshots:
                 return self.store.write(lambda change: self.finish(change, cut))
             except DriverError as problem:
                 self.withdraw_soon(snapshot)
-                if isinstance(problem, SystemCallFailed) and problem.errno in NO_SPACE:
-                    raise _no_space(item.name, problem) from problem
-                raise
+                raise refusal_of(item.name, problem) from problem
+
+    def verify_file(self, source: SourceVolume) -> None:
+        """Refuse a volume whose devices write to another file; the caller holds its lock."""
+        if reason := self.volumes.why_other_file(source.uuid):
+            raise _not_usable(source.id, reason)
 
     def measure(self, source: SourceVolume) -> int:
         """Sync a volume's file and return its extents. Refused where the volume cannot be cut, or has too many."""
@@ -200,14 +206,24 @@ class Snapshots:
 
     def cut(self, snapshot: Snapshot, extents: int) -> Snapshot:
         """Make the snapshot's file, and return the snapshot for `finish`."""
-        begun_s, created = self.clock.monotonic(), dt.datetime.now(dt.UTC)
-        source, target = self.pool.file(snapshot.volume_uuid), self.pool.snapshot_file(snapshot.uuid)
-        self.pool.reflink(source, target, snapshot.bytes, mode=0o400)
+        begun_s, created = self.clock.monotonic(), now()
+        self.share(snapshot)
+        cut = self.complete(snapshot, extents, created)
         self.cuts.add(extents, self.clock.monotonic() - begun_s)
+        return cut
+
+    def share(self, snapshot: Snapshot) -> None:
+        """Take the content of the volume at this moment; `complete` must follow."""
+        self.pool.begin_reflink(self.pool.file(snapshot.volume_uuid), self.pool.snapshot_file(snapshot.uuid))
+
+    def complete(self, snapshot: Snapshot, extents: int, created: str) -> Snapshot:
+        """Complete the snapshot's file, and return the snapshot for `finish`."""
+        target = self.pool.snapshot_file(snapshot.uuid)
+        self.pool.complete_reflink(target, snapshot.bytes, mode=0o400)
         return replace(
             snapshot,
             action=NO_ACTION,
-            created=created.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            created=created,
             extents=extents,
         )
 
@@ -250,7 +266,7 @@ class Snapshots:
     def remove(self, snapshot: Snapshot) -> None:
         """Remove the file, then the row, which the next start would remove again."""
         self.pool.remove_snapshot(snapshot.uuid)
-        self.store.write_later(lambda change: self._forget(change, snapshot))
+        self.store.write_later(lambda change: self.forget(change, snapshot))
 
     def withdraw_soon(self, snapshot: Snapshot) -> None:
         """Remove a snapshot that could not be cut, now or by a retry; the caller holds the lock of its name."""
@@ -258,7 +274,7 @@ class Snapshots:
 
     def withdraw(self, snapshot: Snapshot) -> None:
         self.pool.remove_snapshot(snapshot.uuid)
-        self.store.write(lambda change: self._forget(change, snapshot))
+        self.store.write(lambda change: self.forget(change, snapshot))
 
     def _soon(self, snapshot: Snapshot, action: str, act: Callable[[Snapshot], None]) -> None:
         def again() -> bool:
@@ -274,7 +290,8 @@ class Snapshots:
             _log.warning("snapshot %s could not be removed and will be retried: %s", snapshot.name, problem)
             self.worker.later(f"remove {lock_of(snapshot.name)}", again)
 
-    def _forget(self, change: Change, snapshot: Snapshot) -> None:
+    def forget(self, change: Change, snapshot: Snapshot) -> None:
+        """Remove the row of a snapshot without a file."""
         current = change.get(SNAPSHOTS, snapshot.name)
         if current is None or current.uuid != snapshot.uuid:
             return
@@ -322,6 +339,15 @@ def _usable(volume: Volume | None, source: SourceVolume) -> Volume:
 
 def _not_usable(volume: str, reason: str) -> ApiError:
     return ApiError(documents.SOURCE_NOT_USABLE, f"Volume {volume} cannot be cut: {reason}")
+
+
+def refusal_of(name: str, problem: DriverError) -> DriverError:
+    """Return the error of a cut that failed."""
+    if isinstance(problem, SystemCallFailed) and problem.errno in NO_SPACE:
+        return _no_space(name, problem)
+    if isinstance(problem, NotFreezable):
+        return ApiError(documents.NOT_FREEZABLE, f"Snapshot {name} cannot be cut: {problem}")
+    return problem
 
 
 def _no_space(name: str, problem: Exception) -> ApiError:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from csi_driver.embedded.connections import HttpRequest
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import ClientSettings, LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.embedded.settings import ClientSettings, Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
 from tests.storage_switches import Switches, retry_client
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 
@@ -48,8 +48,9 @@ class Manager:
         loops: LoopDevices,
         headers: LuksHeaders | None = None,
         reflinks: Reflinks | None = None,
+        freezes: Freezes | None = None,
     ) -> None:
-        self.server = StorageServer(settings, loops, headers, reflinks)
+        self.server = StorageServer(settings, loops, headers, reflinks, freezes)
         self._switches = Switches(self.server)
         self._session = self.server.sessions.open(settings.user, self.server.password.path.read_text().strip())
 
@@ -118,6 +119,21 @@ class Manager:
     def delete_snapshot(self, name: str, identity: str | None = None) -> Json:
         identity = identity or str(self.snapshot(name)["uuid"])
         return self._one("/snapshots/delete", {"_id": name, "uuid": identity})
+
+    def cut_group(self, name: str, members: Mapping[str, str], **fields: object) -> Json:
+        """Cut volumes by the names of their snapshots."""
+        rows = [
+            {"name": snapshot, "volume": {"_id": volume, "uuid": self.uuid(volume)}, "metadata": {}}
+            for snapshot, volume in members.items()
+        ]
+        return self._one("/snapshotGroups/save", {"name": name, "members": rows, **fields})
+
+    def group(self, name: str) -> Json:
+        return self.get(f"/snapshotGroups/{name}")
+
+    def delete_group(self, name: str, identity: str | None = None) -> Json:
+        identity = identity or str(self.group(name)["uuid"])
+        return self._one("/snapshotGroups/delete", {"_id": name, "uuid": identity})
 
     # --- clients ---
 
@@ -188,8 +204,9 @@ def running(
     loops: LoopDevices | None = None,
     headers: LuksHeaders | None = None,
     reflinks: Reflinks | None = None,
+    freezes: Freezes | None = None,
 ) -> Iterator[Manager]:
-    manager = Manager(settings, loops or FakeLoopDevices(), headers, reflinks)
+    manager = Manager(settings, loops or FakeLoopDevices(), headers, reflinks, freezes)
     try:
         yield manager
     finally:
