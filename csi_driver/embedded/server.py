@@ -59,8 +59,8 @@ class StorageServer:
     ) -> None:
         """Open and repair the pool and settle all attachments. Raises leaves of DriverError.
 
-        Without `headers` no volume can be encrypted by the storage, without `reflinks` there are no snapshots, and without
-        `freezes` none of several volumes at one moment.
+        Without `headers` no volume can be encrypted by the storage, without `reflinks` there are no snapshots, and
+        without `freezes` none of several volumes at one moment.
         """
         self.settings, self._freezes = settings, freezes
         for client in settings.clients:

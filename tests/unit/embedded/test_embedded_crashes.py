@@ -14,6 +14,7 @@ import pytest
 from csi_driver.embedded.pool import VolumeLocks
 from csi_driver.embedded.settings import StorageSettings
 from tests.storage_switches import add_points
+from tests.unit.embedded.fake_freezes import FakeFreezes
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_reflinks import FakeReflinks
 from tests.unit.embedded.manager import GB, Manager, running, settings_in
@@ -79,6 +80,14 @@ def delete_snapshot(manager: Manager) -> None:
     manager.delete_snapshot("kept")
 
 
+def cut_group(manager: Manager) -> None:
+    manager.cut_group("new-group", {"new-1": "attached", "new-2": "old"})
+
+
+def delete_group(manager: Manager) -> None:
+    manager.delete_group("kept-group")
+
+
 POINTS: dict[Callable[[Manager], None], list[str]] = {
     save: ["store.write", "pool.make"],
     clone: ["store.write", "pool.reflink", "store.write"],
@@ -87,9 +96,14 @@ POINTS: dict[Callable[[Manager], None], list[str]] = {
     delete: ["store.write", "pool.remove", "store.write_later"],
     attach: ["pool.make", "store.write", "loops.attach", "files.show", "store.write_later"],
     detach: ["store.write", "loops.detach", "files.hide", "store.write_later"],
-    cut: ["store.write", "pool.reflink", "store.write"],
+    cut: ["store.write", "pool.begin_reflink", "pool.complete_reflink", "store.write"],
     delete_snapshot: ["store.write", "pool.remove_snapshot", "store.write_later"],
-}
+    cut_group: [
+        "pool.make", "store.write", "freezes.held", "pool.begin_reflink", "pool.begin_reflink", "freezes.end",
+        "pool.complete_reflink", "pool.complete_reflink", "store.write",
+    ],
+    delete_group: ["store.write", "pool.remove_snapshot", "pool.remove_snapshot", "store.write"],
+}  # fmt: skip
 """Changes that each request makes, in order; the manager is killed after each."""
 STEPS = [(act, number) for act, points in POINTS.items() for number in range(len(points))]
 after_every_step = pytest.mark.parametrize(
@@ -99,13 +113,15 @@ after_every_step = pytest.mark.parametrize(
 
 def prepared(directory: Path, loops: FakeLoopDevices, fault: Fault) -> Manager:
     """Return a manager with the volumes old and attached and the snapshot kept, with points."""
-    manager = Manager(settings_in(directory), loops, reflinks=FakeReflinks())
+    freezes = FakeFreezes(fault)
+    manager = Manager(settings_in(directory), loops, reflinks=FakeReflinks(), freezes=freezes)
     manager.save("old")
     manager.save("attached")
     manager.attach("attached")
     with manager.server.pool.file(manager.uuid("attached")).open("r+b") as file:
         file.write(b"precious")
     manager.cut("kept", "attached")
+    manager.cut_group("kept-group", {"kept-1": "attached", "kept-2": "old"})
     add_points(manager.server, fault)
     fault.armed = True
     return manager
@@ -198,6 +214,20 @@ def test_after_a_crash_the_same_cut_succeeds(tmp_path: Path, loops: FakeLoopDevi
         assert files_fit_rows(manager)
 
 
+@pytest.mark.parametrize("number", range(len(POINTS[cut_group])))
+def test_after_a_crash_a_group_is_whole_or_absent_and_the_same_cut_succeeds(
+    tmp_path: Path, loops: FakeLoopDevices, number: int
+) -> None:
+    settings, freezes = crashed(tmp_path, loops, cut_group, number), FakeFreezes()
+    with running(settings, loops, reflinks=FakeReflinks(), freezes=freezes) as manager:
+        names = {row["_id"] for row in manager.get("/snapshots/all/0/0")} & {"new-1", "new-2"}
+        assert names in (set(), {"new-1", "new-2"})
+        assert bool(names) == (manager.group("new-group").get("isReady") is True)
+        cut_group(manager)
+        assert manager.group("new-group")["isReady"]
+        assert files_fit_rows(manager)
+
+
 @after_every_step
 def test_after_a_crash_the_pool_can_be_used_up_and_given_back_whole(
     tmp_path: Path, loops: FakeLoopDevices, act: Callable[[Manager], None], number: int
@@ -209,6 +239,8 @@ def test_after_a_crash_the_pool_can_be_used_up_and_given_back_whole(
                 manager.detach(attachment["name"], client)
         for row in manager.get("/volumes/all/0/0"):
             manager.delete(row["_id"])
+        for group in {row["group"]["_id"] for row in manager.get("/snapshots/all/0/0") if row["group"]}:
+            manager.delete_group(group)
         for row in manager.get("/snapshots/all/0/0"):
             manager.delete_snapshot(row["_id"])
         assert manager.server.allocator.totals.allocated == 0
