@@ -2,9 +2,9 @@
 """Hold the writes to several volumes' files at the same time, so that copies of the files are of one moment.
 
 The mounted filesystems on the volumes' loop devices are frozen by a process of their own, which thaws them whatever
-happens (`freeze_guard`). The proof that nothing was written is the kernel's: a loop device counts the requests that
-change its file, and the counts before and after must be equal. It holds for what is not frozen too: a device that
-nobody uses, and one that is mounted or opened meanwhile.
+happens (`freeze_guard`). The proof that nothing was written is the kernel's: a loop device counts the bytes of all
+requests that change its file, and the counts before and after must be equal. It holds for what is not frozen too: a
+device that nobody uses, and one that is mounted or opened meanwhile.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class Freezer:
                 after = self._changes(self._devices(files))
                 thaw()
                 if after != before:
-                    raise NotFreezable(f"a volume was written while its snapshot was made; retry ({before}, {after})")
+                    changed = sorted(
+                        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+                    )
+                    raise NotFreezable(f"{', '.join(changed)} was written while its snapshot was made; retry")
 
             yield end
 
@@ -93,7 +96,9 @@ class Freezer:
         return found
 
     def _changes(self, devices: Mapping[int, LoopDevice]) -> dict[str, int]:
-        return {f"loop{number} {device.label}": self.loops.changes(device) for number, device in devices.items()}
+        return {
+            f"loop{number} {device.label}": self.loops.changed_sectors(device) for number, device in devices.items()
+        }
 
     @contextlib.contextmanager
     def _guarded(self, mounted: Sequence[_Mounted], limit_s: float) -> Iterator[Callable[[], None]]:

@@ -34,7 +34,7 @@ _SYS_BLOCK, _DEV = Path("/sys/block"), Path("/dev")
 _BIND_ATTEMPTS = 64
 _GRACE_S = 0.2
 _GONE_WITHIN_S = 2.0
-_WRITES, _DISCARDS = 4, 11
+_WRITTEN, _DISCARDED = 6, 13
 _FENCED_BYTES = 512
 """Less than the smallest block that is written here, 4096: every request is beyond the end of the device."""
 
@@ -124,11 +124,11 @@ class LoopDevices:
             _require_same(fd, device)
             ioctls.loop_set_capacity(fd)
 
-    def changes(self, device: LoopDevice) -> int:
-        """Return the number of requests that changed the file of the device since it was made, none of them running.
+    def changed_sectors(self, device: LoopDevice) -> int:
+        """Return how much all requests so far changed the file of a device; none of them is running.
 
-        Fields of Documentation/block/stat.rst: completed writes and discards. A request is counted after its program
-        was answered, so running ones are waited for: the kernel does so when it sets the status.
+        Sectors of completed writes and discards, by Documentation/block/stat.rst: a flush is a write of none. For
+        running requests the kernel waits when it sets the status.
         """
         root = _SYS_BLOCK / f"loop{device.number}"
         if block_devices.read_text(root / "queue/iostats") != "1":
@@ -138,7 +138,7 @@ class LoopDevices:
             if status is not None:
                 ioctls.loop_set(fd, status)
         fields = block_devices.read_text(root / "stat").split()
-        return int(fields[_WRITES]) + int(fields[_DISCARDS])
+        return int(fields[_WRITTEN]) + int(fields[_DISCARDED])
 
     def fence(self, device: LoopDevice) -> LoopDevice | None:
         """Cut a device that may be in use off from its file, until it is unbound; None when the kernel refuses.
