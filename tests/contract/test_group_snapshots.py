@@ -182,7 +182,7 @@ def test_after_kill_9_at_any_step_nothing_is_frozen_or_half_made_and_the_retry_s
 ) -> None:
     """`both`: the guard too."""
     members = [f"{name}={volume}" for name, volume in MEMBERS.items()]
-    statuses = []
+    statuses: list[int] = []
     while not statuses or statuses[-1]:
         argv = [sys.executable, "-c", KILLED, str(tmp_path / "mkfs.xfs"), str(len(statuses) + 1), killed, *members]
         statuses.append(subprocess.run(argv, cwd=Path(__file__).parents[2], check=False).returncode)

@@ -48,7 +48,7 @@ def snapshots(manager: Manager) -> list[str]:
 def is_empty(manager: Manager) -> bool:
     files = list(manager.server.pool.snapshots.iterdir())
     totals = manager.server.allocator.totals
-    return (snapshots(manager), files, totals.snapshots) == ([], [], 0)
+    return (snapshots(manager), files, totals.shared) == ([], [], 0)
 
 
 def test_the_members_of_a_group_are_snapshots_of_one_moment(manager: Manager, freezes: FakeFreezes) -> None:
