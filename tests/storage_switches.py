@@ -19,7 +19,7 @@ from csi_driver.embedded import server as embedded
 from csi_driver.embedded.connections import HttpRequest, HttpResponse, answer
 from csi_driver.embedded.model import ATTACHMENTS, VOLUMES
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.embedded.settings import Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
 
 
 class Switches:
@@ -159,6 +159,7 @@ def _serve_with_switches(
     headers: LuksHeaders | None = None,
     beside: Callable[[StorageServer], AbstractContextManager[object]] = lambda _: nullcontext(),
     reflinks: Reflinks | None = None,
+    freezes: Freezes | None = None,
 ) -> int:
     from csi_driver.host.luks import LuksFiles
     from tests.unit.embedded.fake_luks import CHEAP_KEYS
@@ -168,7 +169,7 @@ def _serve_with_switches(
         return beside(server)
 
     cheap = None if headers is None else LuksFiles(CHEAP_KEYS)
-    return _serve(settings, loops, cheap, both, reflinks)
+    return _serve(settings, loops, cheap, both, reflinks, freezes)
 
 
 _serve = embedded.serve

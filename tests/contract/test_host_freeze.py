@@ -401,6 +401,6 @@ def test_a_record_of_an_earlier_boot_thaws_nothing(machine: Machine) -> None:
     head, _, states = record.read_bytes().partition(b"\n")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().encode()
     record.write_bytes(head.replace(boot, b"0" * len(boot)) + b"\n" + states)
-    assert machine.freezer().recover()
+    assert Deadline.after(30).wait_until(machine.freezer().recover)
     assert is_frozen(place)
     assert machine.records() == []
