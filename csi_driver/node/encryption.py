@@ -325,4 +325,8 @@ def _header_problem(header: LuksHeader, target: VolumeDevice, plan: EncryptionPl
 
 
 def _denied(volume: NodeVolume) -> Denied:
-    return Denied(f"the passphrase in the secret does not open volume {volume}; nothing was changed")
+    hint = f"; as a copy it has the passphrase of its source: set that as {PREVIOUS_KEY}"
+    return Denied(
+        f"the passphrase in the secret does not open volume {volume}; nothing was changed"
+        f"{hint if volume.context.populated else ''}"
+    )

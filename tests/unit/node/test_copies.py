@@ -373,7 +373,7 @@ def test_an_inherited_luks_header_is_opened_and_another_is_refused(copy: Copy) -
 
 def test_a_copy_is_opened_with_the_passphrase_of_its_source_and_gets_one_of_its_own(copy: Copy) -> None:
     encrypted_copy(copy)
-    with pytest.raises(Denied):
+    with pytest.raises(Denied, match="passphrase of its source: set that as previousPassphrase"):
         stage_encrypted(copy, {"passphrase": "of the copy"})
     stage_encrypted(copy, {"passphrase": "of the copy", "previousPassphrase": SECRET["passphrase"]})
     assert copy.disk.luks is not None
