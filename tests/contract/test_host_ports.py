@@ -321,6 +321,58 @@ def test_a_second_mount_with_other_access_is_refused(host: Host, actor: Actor, r
         actor.mount(actor.device(), actor.place(), read_only=not read_only)
 
 
+def test_a_copy_of_a_mounted_xfs_is_mounted_beside_it_only_with_nouuid(host: Host, actor: Actor) -> None:
+    actor.mount(actor.formatted(fs_type="xfs", size_bytes=320 * MIB), actor.place("source"), "xfs")
+    host.copy("csi-1", "csi-2")
+    with pytest.raises(HostFailure):
+        actor.mount(actor.device("csi-2"), actor.place(), "xfs")
+    host.mounts.mount(actor.device("csi-2"), host.root / "target", "xfs", ["nouuid"], read_only=False)
+
+
+LOGGING = {"ext4": "noload", "xfs": "norecovery", "btrfs": "rescue=nologreplay"}
+
+
+@pytest.mark.parametrize("fs_type", LOGGING)
+def test_a_read_only_mount_replays_the_log_unless_its_options_leave_it_out(
+    host: Host, actor: Actor, fs_type: str
+) -> None:
+    device = actor.formatted(fs_type=fs_type, size_bytes=320 * MIB)
+    source = actor.mount(device, actor.place("source"), fs_type)
+    assert host.write(source)
+    host.copy("csi-1", "csi-2")
+    host.mounts.unmount(source)
+    options = ["nouuid"] if fs_type == "xfs" else []
+    host.mounts.mount(
+        actor.device("csi-2"), actor.place("unread"), fs_type, [*options, LOGGING[fs_type]], read_only=True
+    )
+    assert host.files(host.root / "unread") == []
+    host.mounts.unmount(host.root / "unread")
+    host.mounts.mount(actor.device("csi-2"), actor.place("read"), fs_type, options, read_only=True)
+    assert host.files(host.root / "read") == ["written"]
+
+
+@pytest.mark.parametrize("fs_type", LOGGING)
+def test_a_log_on_a_read_only_device_is_not_replayed_but_refused(host: Host, actor: Actor, fs_type: str) -> None:
+    device = actor.formatted(fs_type=fs_type, size_bytes=320 * MIB)
+    source = actor.mount(device, actor.place("source"), fs_type)
+    assert host.write(source)
+    host.copy("csi-1", "csi-2")
+    host.mounts.unmount(source)
+    host.devices.set_read_only(actor.device("csi-2"))
+    with pytest.raises(HostFailure):
+        host.mounts.mount(
+            actor.device("csi-2"), actor.place(), fs_type, ["nouuid"] if fs_type == "xfs" else [], read_only=True
+        )
+
+
+def test_a_btrfs_gets_another_uuid(host: Host, actor: Actor) -> None:
+    device = actor.formatted(fs_type="btrfs", size_bytes=128 * MIB)
+    with host.devices.open(device, write=True, exclusive=True) as opened:
+        host.filesystems.change_btrfs_uuid(opened, OTHER_UUID)
+    assert actor.probed(device) == Filesystem("btrfs", OTHER_UUID)
+    actor.mount(device, actor.place(), "btrfs")
+
+
 def test_a_read_only_device_is_mounted_only_read_only(host: Host, actor: Actor) -> None:
     device = actor.formatted()
     host.devices.set_read_only(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,14 @@ class Host(Protocol):
 
     def grow(self, name: str, size_bytes: int) -> None: ...
 
+    def copy(self, name: str, to: str) -> str:
+        """Let the device of a new volume appear, with the content that another one has on disk; return its uuid."""
+        ...
+
+    def files(self, path: Path) -> list[str]:
+        """Return the names that a user of the mount at `path` meets."""
+        ...
+
     def put(self, device: Device, offset: int, data: bytes) -> None:
         """Write to a device, past every filesystem."""
         ...
@@ -108,6 +117,15 @@ class FakeSide:
 
     def grow(self, name: str, size_bytes: int) -> None:
         self._host.disks[name].size_bytes = size_bytes
+
+    def copy(self, name: str, to: str) -> str:
+        source = self._host.disks[name].cut()
+        identity = self.attach(to, source.size_bytes)
+        self._host.attach(to, identity, like=source)
+        return identity
+
+    def files(self, path: Path) -> list[str]:
+        return sorted(self._host.files_at(path))
 
     def put(self, device: Device, offset: int, data: bytes) -> None:
         self._host.disks[device.name].raw[offset] = data
@@ -170,6 +188,15 @@ class LinuxSide:
     def grow(self, name: str, size_bytes: int) -> None:
         self._machine.grow(self._volumes[name], size_bytes)
 
+    def copy(self, name: str, to: str) -> str:
+        source = self._volumes[name].file
+        identity = self.attach(to, source.stat().st_size)
+        shutil.copyfile(source, self._volumes[to].file)
+        return identity
+
+    def files(self, path: Path) -> list[str]:
+        return sorted(set(os.listdir(path)) - {"lost+found"})
+
     def put(self, device: Device, offset: int, data: bytes) -> None:
         fd = os.open(device.path, os.O_RDWR | os.O_DSYNC | os.O_CLOEXEC)
         try:
@@ -186,6 +213,7 @@ class LinuxSide:
             return False
         try:
             os.pwrite(fd, b"x", 0)
+            os.fsync(fd)
         except OSError:
             return False
         finally:

@@ -212,6 +212,23 @@ def test_a_larger_copy_has_its_size_when_it_is_staged(copies: Copies, fs_type: s
     assert (staged / "data").read_bytes() == DATA
 
 
+@FILESYSTEMS
+def test_a_filesystem_that_a_backup_program_wrote_to_a_raw_volume_is_used_by_its_copy(
+    copies: Copies, fs_type: str
+) -> None:
+    """Beside the volume that was backed up, whose uuid it has."""
+    source = copies.used_source(fs_type)
+    copies.node.unstage(source)
+    raw = copies.machine.volume("csi-raw", SIZES[fs_type])
+    shell("dd", f"if={source.loop.node}", f"of={raw.loop.node}", "bs=1M", "conv=fsync")
+    copies.node.stage(source, fs_type)
+    copy = copies.cut(raw)
+    staged = copies.node.stage(copy, fs_type, history=History.WRITTEN, inherited=(raw.uuid,))
+    assert (staged / "data").read_bytes() == DATA
+    with pytest.raises(PreconditionFailed, match="UUID mismatch"):
+        copies.node.stage(copies.cut(raw, "csi-third"), fs_type, history=History.ATTACHED, inherited=(raw.uuid,))
+
+
 # --- an unfinished mkfs --------------------------------------------------------------------------------------------
 
 
