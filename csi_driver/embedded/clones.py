@@ -9,30 +9,19 @@ another one.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from csi_driver.embedded.documents import (
-    NO_SNAPSHOT_SPACE,
-    NOT_SUPPORTED,
-    SMALLER_THAN_SOURCE,
-    SNAPSHOT_NOT_FOUND,
-    SOURCE_BUSY,
-    SOURCE_DIFFERS,
-    SOURCE_NOT_USABLE,
-    TOO_MANY_EXTENTS,
-    VOLUME_NOT_FOUND,
-    ApiError,
-)
+from csi_driver.embedded import documents
+from csi_driver.embedded.documents import ApiError
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import SNAPSHOTS, VOLUMES, Encryption, Snapshot, Source, Volume
-from csi_driver.embedded.pool import NO_SPACE, Pool, VolumeLocks
-from csi_driver.embedded.requests import NewClone
+from csi_driver.embedded.pool import NO_SPACE
+from csi_driver.embedded.requests import CloneSource, NewClone
+from csi_driver.embedded.snapshots import Snapshots, lock_of, usable
 from csi_driver.embedded.store import Change, Store
-from csi_driver.embedded.volumes import Volumes
+from csi_driver.embedded.volumes import refuse_name
 from csi_driver.errors import HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
@@ -40,87 +29,72 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Clones:
-    store: Store
-    pool: Pool
-    locks: VolumeLocks
-    volumes: Volumes
-    extent_limit: int
+    snapshots: Snapshots
+
+    def __post_init__(self) -> None:
+        self.store, self.pool, self.volumes = self.snapshots.store, self.snapshots.pool, self.snapshots.volumes
 
     def create(self, item: NewClone) -> Volume:
         """Make a volume with the content that its source has now. Raises ApiError."""
-        if self.pool.why_no_reflinks:
-            raise ApiError(NOT_SUPPORTED, f"volumes cannot be copied: {self.pool.why_no_reflinks}")
+        self.snapshots.refuse_unsupported()
         self.volumes.refuse_unsupported(item)
-        source = Source(item.source.kind, item.source.id, item.source.uuid)
-        volume = self.store.write(lambda change: self._record(change, item, source))
+        refuse_name(self.store, item.name)
+        file = self._checked(item.source)
+        volume = self.store.write(lambda change: self._record(change, item, file))
         try:
-            self._copy(volume, source)
+            self._copy(volume, item.source, file)
         except (ApiError, HostFailure) as problem:
-            self._discard(volume)
+            self.store.write(lambda change: _mark(change, volume))
+            self.volumes.remove_soon(volume.name, volume.uuid)
             if isinstance(problem, SystemCallFailed) and problem.errno in NO_SPACE:
-                raise ApiError(NO_SNAPSHOT_SPACE, f"volume {volume.name} is not made: {problem}") from problem
+                reason = f"Volume {volume.name} cannot be made: {problem}"
+                raise ApiError(documents.NO_SNAPSHOT_SPACE, reason) from problem
             raise
         current = self.store.get(VOLUMES, volume.name)
         return current if current is not None and current.uuid == volume.uuid else volume
 
-    def _record(self, change: Change, item: NewClone, source: Source) -> Volume:
-        found = _present(change, source)
+    def _checked(self, source: CloneSource) -> Path:
+        """Return the source's file. Raises ApiError where it cannot be copied; the extents of a snapshot do not count,
+        as it has no writers, which a reflink would hold up.
+        """
+        if source.kind == "volume":
+            self.snapshots.measure(source)
+            return self.pool.file(source.uuid)
+        snapshot = _present(self.store, source)
+        if isinstance(snapshot, Snapshot) and (lost := self.snapshots.why_lost(snapshot)):
+            raise _not_usable(source, lost)
+        return self.pool.snapshot_file(source.uuid)
+
+    def _record(self, change: Change, item: NewClone, file: Path) -> Volume:
+        source = _present(change, item.source)
         volume = self.volumes.planned(change, item)
-        _check(volume, found)
-        inherited = found.encryption and Encryption(found.encryption.header_mib, initialized=True)
+        _check(volume, source)
         made = replace(
             volume,
             action="initializing",
             status="unavailable",
             made=True,
-            encryption=inherited,
-            source=source,
-            shared_blocks=volume.blocks,  # until it is known
+            encryption=source.encryption and Encryption(source.encryption.header_mib, initialized=True),
+            source=Source(item.source.kind, item.source.id, item.source.uuid),
+            shared_blocks=self.pool.occupied_bytes(file) // BLOCK_SIZE,
         )
         self.volumes.allocator.record(change, made)
         return made
 
-    def _copy(self, volume: Volume, source: Source) -> None:
-        with self._held(source) as (found, file):
-            _check(volume, found)  # a volume may have grown
-            extents = self.pool.count_extents(file)
-            if extents > self.extent_limit:
-                raise ApiError(
-                    TOO_MANY_EXTENTS,
-                    f"{source.kind} {source.name} has {extents} extents, expected at most {self.extent_limit} "
-                    "(--snapshot-extent-limit): copying them would stop its writers for seconds; defragment its file "
-                    "while it is detached",
-                )
+    def _copy(self, volume: Volume, source: CloneSource, file: Path) -> None:
+        with self.snapshots.locks.hold(lock_of(source.id) if source.kind == "snapshot" else source.uuid):
+            if reason := source.kind == "volume" and self.volumes.why_other_file(source.uuid):
+                raise _not_usable(source, reason)
+            _check(volume, _present(self.store, source))  # a volume may have grown
             occupied_bytes = self.pool.reflink(file, self.pool.file(volume.uuid), volume.bytes)
             self.store.write(lambda change: self._finish(change, volume, occupied_bytes // BLOCK_SIZE))
-        _log.info("volume %s, uuid %s, is a copy of %s %s", volume.name, volume.uuid, source.kind, source.name)
-
-    @contextlib.contextmanager
-    def _held(self, source: Source) -> Iterator[tuple[Volume | Snapshot, Path]]:
-        """Keep the source as it is. Return it and its file. Raises ApiError where it cannot be copied (any more)."""
-        if source.kind == "snapshot":
-            with self.locks.hold(f"snapshot/{source.name}"):
-                yield _present(self.store, source), self.pool.snapshot_file(source.uuid)
-            return
-        file = self.pool.file(source.uuid)
-        with contextlib.suppress(HostFailure):  # the reflink fails as well, if the source still exists
-            self.volumes.secure_file(source.name, source.uuid)
-            self.pool.sync(file)
-        with self.locks.hold(source.uuid):
-            volume = _present(self.store, source)
-            if isinstance(volume, Volume) and (lost := self.volumes.why_lost(volume)):
-                raise ApiError(SOURCE_NOT_USABLE, f"volume {source.name} cannot be copied: {lost}")
-            yield volume, file
+        _log.info("volume %s, uuid %s, is a copy of %s %s", volume.name, volume.uuid, source.kind, source.id)
 
     def _finish(self, change: Change, volume: Volume, shared_blocks: int) -> None:
         current = change.get(VOLUMES, volume.name)
         if current is not None and current.uuid == volume.uuid and current.action == "initializing":
             made = replace(current, action="none", status="online", shared_blocks=shared_blocks)
             self.volumes.allocator.record(change, made, current)
-
-    def _discard(self, volume: Volume) -> None:
-        self.store.write(lambda change: _mark(change, volume))
-        self.volumes.remove_soon(volume.name, volume.uuid)
 
     def recover(self) -> None:
         """Mark the volumes for deletion that a crash left without their content."""
@@ -130,36 +104,36 @@ class Clones:
                 self.store.write(lambda change, volume=volume: _mark(change, volume))  # type: ignore[misc]
 
 
-def _present(view: Change | Store, source: Source) -> Volume | Snapshot:
+def _present(view: Change | Store, source: CloneSource) -> Volume | Snapshot:
     """Return the source. Raises ApiError unless it can be copied."""
-    if source.kind == "snapshot":
-        snapshot = view.get(SNAPSHOTS, source.name)
-        if snapshot is None or snapshot.uuid != source.uuid:
-            raise ApiError(SNAPSHOT_NOT_FOUND, f"snapshot {source.name} not found")
-        if not snapshot.is_ready:
-            raise ApiError(SOURCE_BUSY, f"the action of snapshot {source.name} is {snapshot.action}; retry")
-        return snapshot
-    volume = view.get(VOLUMES, source.name)
-    if volume is None or volume.uuid != source.uuid:
-        raise ApiError(VOLUME_NOT_FOUND, f"volume {source.name} not found")
-    if volume.action != "none":
-        raise ApiError(SOURCE_BUSY, f"the action of volume {source.name} is {volume.action}; retry")
-    return volume
+    if source.kind == "volume":
+        return usable(view.get(VOLUMES, source.id), source)
+    snapshot = view.get(SNAPSHOTS, source.id)
+    if snapshot is None or snapshot.uuid != source.uuid:
+        raise ApiError(documents.SNAPSHOT_NOT_FOUND, f"Snapshot {source.id} not found")
+    if not snapshot.is_ready:
+        reason = f"its action is {snapshot.action}; retry"
+        raise ApiError(documents.SOURCE_BUSY, f"Snapshot {source.id} cannot be copied now: {reason}")
+    return snapshot
+
+
+def _not_usable(source: CloneSource, reason: str) -> ApiError:
+    return ApiError(documents.SOURCE_NOT_USABLE, f"{source.kind.capitalize()} {source.id} cannot be copied: {reason}")
 
 
 def _check(volume: Volume, source: Volume | Snapshot) -> None:
     if volume.blocks < source.blocks:
         raise ApiError(
-            SMALLER_THAN_SOURCE,
-            f"volume {volume.name}: expected at least the {source.bytes} bytes of its source {source.name}, got "
+            documents.SMALLER_THAN_SOURCE,
+            f"Volume {volume.name}: expected at least the {source.bytes} bytes of its source {source.name}, got "
             f"{volume.bytes}; request a larger capacity",
         )
     headers = [each.encryption.header_mib if each.encryption is not None else 0 for each in (volume, source)]
     if headers[0] != headers[1]:
         own, theirs = (f"a header of {size} MiB" if size else "no encryption" for size in headers)
         raise ApiError(
-            SOURCE_DIFFERS,
-            f"volume {volume.name}: expected {theirs}, as its source {source.name} has, got {own}; "
+            documents.SOURCE_DIFFERS,
+            f"Volume {volume.name}: expected {theirs}, as its source {source.name} has, got {own}; "
             "request the encryption of the source",
         )
 

@@ -211,19 +211,6 @@ class NewVolume(_Placement):
         )
 
 
-class SourceId(_Named):
-    kind: Literal["snapshot", "volume"]
-
-
-class NewClone(NewVolume):
-    """An item of /clones/save."""
-
-    source: SourceId
-
-    def stored(self) -> Document:
-        return {name: value for name, value in super().stored().items() if name != "source"}
-
-
 class Extension(_Named):
     """An item of /volumes/extend."""
 
@@ -251,6 +238,21 @@ class SourceVolume(RequestBody):
 
     id: str = Field(alias="_id")
     uuid: Uuid
+
+
+class CloneSource(SourceVolume):
+    """The snapshot or volume that a volume is made from."""
+
+    kind: Literal["snapshot", "volume"]
+
+
+class NewClone(NewVolume):
+    """An item of /clones/save."""
+
+    source: CloneSource
+
+    def stored(self) -> Document:
+        return {name: value for name, value in super().stored().items() if name != "source"}
 
 
 class NewSnapshot(RequestBody):

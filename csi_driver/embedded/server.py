@@ -90,7 +90,7 @@ class StorageServer:
         can_encrypt = headers is not None
         self.volumes = volumes = Volumes(settings, store, self.allocator, pool, locks, worker, can_encrypt)
         self.snapshots = Snapshots(settings.snapshot_extent_limit, store, self.allocator, pool, locks, volumes, worker)
-        self.clones = Clones(store, pool, locks, volumes, settings.snapshot_extent_limit)
+        self.clones = Clones(self.snapshots)
         self.groups = GroupSnapshots(settings.freeze_limit_s, self._freezes, store, pool, locks, self.snapshots, worker)
         names = tuple(client.name for client in settings.clients)
         self.clients = Clients(store, names, volumes.check_file, volumes.secure_file)

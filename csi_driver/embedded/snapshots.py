@@ -154,7 +154,7 @@ class Snapshots:
     def measure(self, source: SourceVolume) -> int:
         """Sync a volume's file and return its extents. Refused where the volume cannot be cut, or has too many."""
         lost = self.volumes.check_file(source.id)
-        volume = _usable(self.store.get(VOLUMES, source.id), source)
+        volume = usable(self.store.get(VOLUMES, source.id), source)
         if lost:
             raise _not_usable(source.id, lost)
         file = self.pool.file(volume.uuid)
@@ -183,7 +183,7 @@ class Snapshots:
 
         `group`: name and uuid.
         """
-        volume = _usable(change.get(VOLUMES, source.id), source)
+        volume = usable(change.get(VOLUMES, source.id), source)
         try:
             self.allocator.reserve(change, volume, self.pool.occupied_bytes(self.pool.file(volume.uuid)))
         except NoSpace as problem:
@@ -326,7 +326,7 @@ class Snapshots:
             _log.warning("the file %s belongs to no snapshot; it is kept", self.pool.snapshot_file(identity))
 
 
-def _usable(volume: Volume | None, source: SourceVolume) -> Volume:
+def usable(volume: Volume | None, source: SourceVolume) -> Volume:
     if volume is None or volume.uuid != source.uuid:
         raise ApiError(documents.VOLUME_NOT_FOUND, f"Volume {source.id} not found")
     if volume.action == "markedForDeletion":

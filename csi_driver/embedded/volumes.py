@@ -111,8 +111,7 @@ class Volumes:
 
     def _checked(self, change: Change, item: NewVolume) -> tuple[Layout, Encryption | None]:
         name = item.name
-        if change.get(VOLUMES, name) is not None:
-            raise ApiError(1523, "Volume name already exists")
+        refuse_name(change, name)
         if item.vpg and item.vpg not in BUILT_IN_GROUPS:
             reason = f"VPG {item.vpg} not found; expected one of {', '.join(BUILT_IN_GROUPS)}"
             raise _not_saved(detail(1514, reason))
@@ -338,6 +337,11 @@ class Volumes:
         for client in self.store.all(CLIENTS):
             if change.get(REPORTS, volume.uuid, client.name) is not None:
                 change.delete(REPORTS, volume.uuid, client.name)
+
+
+def refuse_name(view: Change | Store, name: str) -> None:
+    if view.get(VOLUMES, name) is not None:
+        raise ApiError(1523, "Volume name already exists")
 
 
 def _found(change: Change, name: str, identity: str) -> Volume:

@@ -89,6 +89,15 @@ class Rig:
         asked = RequestedSource(VOLUME, of.volume_id)
         return self.world.create(name, **{"capacity": CapacityRange(), "source": asked, **options})  # type: ignore[arg-type]
 
+    def cut(self, volume: ProvisionedVolume, name: str = "cut") -> RequestedSource:
+        """Cut a snapshot of a volume."""
+        cut = self.world.snapshots.create(name, volume.volume_id, {}, deadline=self.world.deadline())
+        return RequestedSource(SNAPSHOT, cut.snapshot_id)
+
+    def copy_by(self, kind: SourceKind, of: ProvisionedVolume, name: str = "copy") -> ProvisionedVolume:
+        """Make a volume from a volume, or from a snapshot of it."""
+        return self.copy(of, name) if kind is VOLUME else self.copy(of, name, source=self.cut(of, f"cut for {name}"))
+
     def use(self, volume: ProvisionedVolume, **options: object) -> PublishContext:
         """Attach a volume and detach it again."""
         context = self.world.publish(volume.volume_id, self.node(), **options)  # type: ignore[arg-type]
@@ -123,6 +132,20 @@ def test_a_copy_has_the_content_of_its_source_and_a_life_of_its_own(rig: Rig) ->
     assert head(rig.file(copy)) == b"before"
     rig.world.delete(source.volume_id)
     assert head(rig.file(copy)) == b"before"
+
+
+def test_a_volume_made_from_a_snapshot_has_the_content_of_the_cut(rig: Rig) -> None:
+    source = rig.create()
+    write(rig.file(source), b"before")
+    cut = rig.cut(source)
+    write(rig.file(source), b"after")
+    rig.world.delete(source.volume_id)
+    copy = rig.copy(source, source=cut, capacity=CapacityRange(2 * GIB))
+    assert (head(rig.file(copy)), copy.capacity_bytes, copy.source) == (b"before", 2 * GIB, cut)
+    rig.world.snapshots.delete(cut.id, deadline=rig.world.deadline())
+    assert rig.copy(source, source=cut, capacity=CapacityRange(2 * GIB)) == copy
+    with pytest.raises(NotFound):
+        rig.copy(source, "another", source=cut)
 
 
 # --- history (docs/data-safety.md) ----------------------------------------------------------------------------
@@ -170,6 +193,7 @@ def of_another_program(rig: Rig) -> ProvisionedVolume:
     return ProvisionedVolume(f"{DEFAULT_ZONE}:golden", 0)
 
 
+@pytest.mark.parametrize("kind", SourceKind)
 @pytest.mark.parametrize("generations", [1, 2])
 @pytest.mark.parametrize(
     ("made", "expected"),
@@ -182,23 +206,23 @@ def of_another_program(rig: Rig) -> ProvisionedVolume:
     ],
 )
 def test_a_volume_inherits_the_history_of_its_source(
-    rig: Rig, made: Callable[[Rig], ProvisionedVolume], expected: History, generations: int
+    rig: Rig, made: Callable[[Rig], ProvisionedVolume], expected: History, kind: SourceKind, generations: int
 ) -> None:
     volume = made(rig)
     for generation in range(generations):
-        volume = rig.copy(volume, f"copy {generation}")
+        volume = rig.copy_by(kind, volume, f"copy {generation}")
     assert rig.use(volume).history is expected
 
 
 def test_a_raw_publication_between_the_request_and_the_cut_is_inherited(rig: Rig) -> None:
     source, pool = rig.create(), rig.storage.server.pool
-    sync = pool.sync
+    count_extents = pool.count_extents  # right before the source is locked
 
-    def publish_first(file: Path) -> None:
+    def publish_first(file: Path) -> int:
         rig.use(source, capability=BLOCK)
-        sync(file)
+        return count_extents(file)
 
-    pool.sync = publish_first  # type: ignore[method-assign]
+    pool.count_extents = publish_first  # type: ignore[method-assign]
     assert rig.use(rig.copy(source)).history is History.WRITTEN
 
 
@@ -231,10 +255,18 @@ def test_a_source_that_is_gone_before_its_history_was_read_leaves_it_unknown(rig
     assert rig.use(rig.copy(source)).history is History.UNKNOWN
 
 
-def test_the_uuids_of_all_ancestors_are_inherited(rig: Rig) -> None:
+def test_what_happens_to_a_volume_after_the_cut_is_not_inherited(rig: Rig) -> None:
+    source = rig.create()
+    cut = rig.cut(source)
+    rig.use(source, capability=BLOCK)
+    assert rig.use(rig.copy(source, source=cut)).history is History.ATTACHED
+
+
+@pytest.mark.parametrize("kind", SourceKind)
+def test_the_uuids_of_all_ancestors_are_inherited(rig: Rig, kind: SourceKind) -> None:
     first = rig.create()
-    second = rig.copy(first, "second")
-    third = rig.copy(second, "third")
+    second = rig.copy_by(kind, first, "second")
+    third = rig.copy_by(kind, second, "third")
     assert rig.use(second).inherited_uuids == (rig.uuid(first),)
     assert rig.use(third).inherited_uuids == (rig.uuid(first), rig.uuid(second))
     assert rig.use(first).inherited_uuids == ()
@@ -279,11 +311,13 @@ def test_a_source_and_its_copy_are_encrypted_alike(
     rig: Rig, theirs: Mapping[str, str], own: Mapping[str, str], advice: str
 ) -> None:
     source = rig.create(parameters=theirs, secrets=SECRET)
-    with pytest.raises(InvalidRequest, match=advice):
-        rig.copy(source, parameters=own, secrets=SECRET)
-    copy = rig.copy(source, parameters=theirs, secrets=SECRET)
-    assert rig.use(copy).encryption is rig.use(source).encryption
-    assert copy.capacity_bytes == source.capacity_bytes
+    for kind in SourceKind:
+        asked = rig.cut(source) if kind is SNAPSHOT else RequestedSource(VOLUME, source.volume_id)
+        with pytest.raises(InvalidRequest, match=advice):
+            rig.copy(source, kind, source=asked, parameters=own, secrets=SECRET)
+        copy = rig.copy(source, kind, source=asked, parameters=theirs, secrets=SECRET)
+        assert rig.use(copy).encryption is rig.use(source).encryption
+        assert copy.capacity_bytes == source.capacity_bytes
 
 
 def test_the_storage_is_sent_no_passphrase_for_a_copy(rig: Rig) -> None:
@@ -402,7 +436,7 @@ def test_a_name_with_another_source_is_refused(rig: Rig) -> None:
         rig.copy(second, "source")
 
 
-@pytest.mark.parametrize("kind", [VOLUME])
+@pytest.mark.parametrize("kind", SourceKind)
 @pytest.mark.parametrize(
     "source_id",
     ["", "no id:", "gone", f"{DEFAULT_ZONE}:gone:{'0' * 8}-0000-4000-8000-{'0' * 12}", "elsewhere:gone"],

@@ -75,22 +75,15 @@ class Manager:
     # --- volumes ---
 
     def save(self, name: str, capacity: float | str = 1, **fields: object) -> Json:
+        route = str(fields.pop("route", "/volumes/save"))
         item: Mapping[str, object] = {"name": name, "capacity": capacity, "VPG": CONCATENATED, **fields}
-        return self._one("/volumes/save", {key: value for key, value in item.items() if value is not None})
+        return self._one(route, {key: value for key, value in item.items() if value is not None})
 
     def clone(self, source: str, name: str, capacity: float | str = 1, **fields: object) -> Json:
         """Make a volume from a volume; `kind`, `uuid`: of another source."""
-        kind, uuid = fields.pop("kind", "volume"), fields.pop("uuid", None) or self.uuid(source)
-        return self._one(
-            "/clones/save",
-            {
-                "name": name,
-                "capacity": capacity,
-                "VPG": CONCATENATED,
-                **fields,
-                "source": {"kind": kind, "_id": source, "uuid": uuid},
-            },
-        )
+        identity = fields.pop("uuid", None) or self.uuid(source)
+        item = {"kind": fields.pop("kind", "volume"), "_id": source, "uuid": identity}
+        return self.save(name, capacity, route="/clones/save", source=item, **fields)
 
     def volume(self, name: str) -> Json:
         return self.get(f"/volumes/{name}")

@@ -92,7 +92,7 @@ POINTS: dict[Callable[[Manager], None], list[str]] = {
     save: ["store.write", "pool.make"],
     clone: ["store.write", "pool.begin_reflink", "pool.complete_reflink", "store.write"],
     clone_of_a_volume_that_no_client_had: [
-        "store.write", "pool.make", "pool.begin_reflink", "pool.complete_reflink", "store.write",
+        *("pool.make", "store.write", "pool.begin_reflink", "pool.complete_reflink", "store.write")
     ],
     extend: ["store.write", "pool.make", "store.write"],
     delete: ["store.write", "pool.remove", "store.write_later"],
