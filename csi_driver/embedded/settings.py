@@ -96,8 +96,8 @@ class StorageSettings:
         1.0,
         "--snapshot-overcommit",
         read_factor,
-        "Part of a volume's occupied space that the pool reserves for each snapshot; below 1 volumes may get I/O errors"
-        " when their snapshots fill the pool.",
+        "Part of the space that a volume occupied when it was cut last, which the pool keeps free for writes to it;"
+        " below 1 volumes may get I/O errors when their snapshots fill the pool.",
     )
     snapshot_extent_limit: int = flag(
         100_000,

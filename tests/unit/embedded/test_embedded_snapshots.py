@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -268,6 +270,18 @@ def test_a_cut_whose_row_cannot_be_completed_is_not_shown_as_ready_and_is_repeat
     assert manager.cut("snap-1", "data")["payload"]["snapshot"]["isReady"]
     assert read(manager, "snap-1") == b"later"
     assert len(files(manager)) == 1
+
+
+def test_a_version_without_snapshots_opens_the_database_after_all_are_deleted(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings, reflinks=FakeReflinks()) as manager:
+        manager.save("data")
+        manager.cut("snap-1", "data")
+        manager.delete_snapshot("snap-1")
+        database = manager.server.pool.database
+    with contextlib.closing(sqlite3.connect(database)) as opened:
+        kinds = {kind for (kind,) in opened.execute("SELECT DISTINCT kind FROM documents")}
+    assert kinds <= {"volumes", "clients", "attachments", "reports", "totals", "facts"}
 
 
 # --- space --------------------------------------------------------------------------------------------------------
