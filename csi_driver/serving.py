@@ -95,13 +95,15 @@ def run_controller(command: ControllerCommand) -> int:
         )
 
     identity = services.IdentityService(settings.driver_name, driver_version, ready.is_ready, features)
-    return serve(command.endpoint, identity, (service, services.GroupControllerService(use_cases)), background)
+    others = services.GroupControllerService(use_cases), services.SnapshotMetadataService(use_cases)
+    return serve(command.endpoint, identity, (service, *others), background)
 
 
 def _controller_use_cases(
     clusters: Clusters, settings: ControllerSettings, features: ZoneFeatures
 ) -> services.ControllerUseCases:
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+    from csi_driver.controller.changed_blocks import ChangedBlocks
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
     from csi_driver.controller.fencing import UnpublishVolume
@@ -126,6 +128,7 @@ def _controller_use_cases(
         features=features,
         snapshots=snapshots,
         groups=GroupSnapshots(features),
+        changed_blocks=ChangedBlocks(snapshots),
     )
 
 

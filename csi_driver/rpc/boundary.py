@@ -11,8 +11,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
@@ -67,6 +67,7 @@ _REPLY_MARGIN_S = 0.25
 _NO_DEADLINE_S = 365 * 24 * 3600.0  # gRPC reports a call without deadline as one far in the future
 
 Handler = Callable[[Message, Deadline], Message]
+StreamHandler = Callable[[Message, Deadline], Iterator[Message]]
 Late = Callable[["Refusal"], None]
 """Answers a call in place of its thread, which is blocked."""
 
@@ -173,8 +174,10 @@ class Boundary:
             if rpc is None or rpc.method in self.disabled:
                 continue
             request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-                _Behaviour(self, rpc, getattr(service, method.name), self.pools[rpc.pool]),
+            made, is_stream = (self, rpc, getattr(service, method.name), self.pools[rpc.pool]), method.server_streaming
+            kind = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
+            handlers[method.name] = kind(
+                _StreamBehaviour(*made) if is_stream else _Behaviour(*made),
                 request_deserializer=_tolerant(request.FromString),
                 response_serializer=response.SerializeToString,
             )
@@ -189,8 +192,7 @@ class Boundary:
         continues; `_Answered` is raised in the end.
         """
         number = next(self._numbers)
-        if remaining_s is None or remaining_s > _NO_DEADLINE_S:
-            remaining_s = self.default_deadline_s
+        remaining_s = self._limited(remaining_s)
         deadline = Deadline.after(remaining_s)
         if not rpc.may_hang:
             return self._execute(number, rpc, handler, request, deadline)
@@ -201,43 +203,82 @@ class Boundary:
             raise _Answered
         return outcome
 
+    def stream(
+        self, rpc: Rpc, handler: StreamHandler, request: Message | Unreadable, remaining_s: float | None
+    ) -> Iterator[Message | Refusal]:
+        """Execute a call that answers with several messages, each made when the one before was sent."""
+        name, deadline = f"{rpc.name}#{(number := next(self._numbers))}", Deadline.after(self._limited(remaining_s))
+        with self._measured(number, rpc) as took:
+            try:
+                with self._admitted(name, rpc, request) as message:
+                    yield from handler(message, deadline)
+                took.code = _Code.OK
+            except Exception as error:
+                refusal = took.refused(name, error)
+                yield refusal
+
+    def _limited(self, remaining_s: float | None) -> float:
+        return self.default_deadline_s if remaining_s is None or remaining_s > _NO_DEADLINE_S else remaining_s
+
     def _execute(
         self, number: int, rpc: Rpc, handler: Handler, request: Message | Unreadable, deadline: Deadline
     ) -> Message | Refusal:
-        began_s = time.monotonic()
-        self.running.begin(number, rpc, began_s)
+        name = f"{rpc.name}#{number}"
+        with self._measured(number, rpc) as took:
+            try:
+                with self._admitted(name, rpc, request) as message:
+                    response = handler(message, deadline)
+            except Exception as error:
+                return took.refused(name, error)
+            took.code = _Code.OK
+            _LOG.debug("%s is done after %.3f s", name, took.seconds)
+            return response
+
+    @contextmanager
+    def _measured(self, number: int, rpc: Rpc) -> Iterator[_Took]:
+        took = _Took()
+        self.running.begin(number, rpc, took.began_s)
         try:
-            outcome = self._outcome(f"{rpc.name}#{number}", rpc, handler, request, deadline)
+            yield took
         finally:
             self.running.end(number)
-        code = outcome.code if isinstance(outcome, Refusal) else _Code.OK
-        self.durations.labels(rpc.service, rpc.name, code.name).observe(time.monotonic() - began_s)
-        return outcome
+            self.durations.labels(rpc.service, rpc.name, took.code.name).observe(took.seconds)
 
-    def _outcome(
-        self, name: str, rpc: Rpc, handler: Handler, request: Message | Unreadable, deadline: Deadline
-    ) -> Message | Refusal:
-        began_s = time.monotonic()
-        try:
-            if isinstance(request, Unreadable):
-                raise errors.InvalidRequest(request.reason)
-            level = logging.DEBUG if rpc.quiet else logging.INFO
-            if _LOG.isEnabledFor(level):
-                _LOG.log(level, "%s %s", name, describe(request))
-            validation.check(request, rpc.required)
-            with self._locks.hold(*rpc.lock_keys(request)):
-                response = handler(request, deadline)
-        except errors.DriverError as error:
-            refusal = Refusal(code_of(error), message_of(error))
-            took_s = time.monotonic() - began_s
-            _LOG.warning("%s answers %s after %.3f s: %s", name, refusal.code.name, took_s, refusal.message)
-            _LOG.debug("%s was refused here", name, exc_info=error)
-            return refusal
-        except Exception:
-            _LOG.exception("%s failed by a bug in the driver", name)
-            return Refusal(_Code.INTERNAL, _INTERNAL_ERROR)
-        _LOG.debug("%s is done after %.3f s", name, time.monotonic() - began_s)
-        return response
+    @contextmanager
+    def _admitted(self, name: str, rpc: Rpc, request: Message | Unreadable) -> Iterator[Message]:
+        """Log and check a request, and hold its locks. Raises leaves of DriverError."""
+        if isinstance(request, Unreadable):
+            raise errors.InvalidRequest(request.reason)
+        level = logging.DEBUG if rpc.quiet else logging.INFO
+        if _LOG.isEnabledFor(level):
+            _LOG.log(level, "%s %s", name, describe(request))
+        validation.check(request, rpc.required)
+        with self._locks.hold(*rpc.lock_keys(request)):
+            yield request
+
+
+@dataclass(slots=True)
+class _Took:
+    """The time of a call, and its outcome: cancelled, where nothing else was said."""
+
+    began_s: float = field(default_factory=time.monotonic)
+    code: grpc.StatusCode = _Code.CANCELLED
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began_s
+
+    def refused(self, name: str, error: Exception) -> Refusal:
+        """Log an error, and return the answer to it."""
+        if not isinstance(error, errors.DriverError):
+            _LOG.error("%s failed by a bug in the driver", name, exc_info=error)
+            self.code = _Code.INTERNAL
+            return Refusal(self.code, _INTERNAL_ERROR)
+        refusal = Refusal(code_of(error), message_of(error))
+        self.code = refusal.code
+        _LOG.warning("%s answers %s after %.3f s: %s", name, refusal.code.name, self.seconds, refusal.message)
+        _LOG.debug("%s was refused here", name, exc_info=error)
+        return refusal
 
 
 class _Answered(BaseException):
@@ -275,6 +316,22 @@ class _Behaviour:
         if isinstance(outcome, Refusal):
             context.abort(outcome.code, outcome.message)
         return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _StreamBehaviour:
+    """The same for a call that answers with several messages."""
+
+    boundary: Boundary
+    rpc: Rpc
+    handler: StreamHandler
+    experimental_thread_pool: Pool
+
+    def __call__(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Iterator[Message]:
+        for outcome in self.boundary.stream(self.rpc, self.handler, request, context.time_remaining()):
+            if isinstance(outcome, Refusal):
+                context.abort(outcome.code, outcome.message)
+            yield outcome
 
 
 def _tolerant(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:

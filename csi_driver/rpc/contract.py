@@ -216,6 +216,8 @@ _RPCS = (
     ),
     Rpc("GroupController/DeleteVolumeGroupSnapshot", required=_GROUP, locks=("group_snapshot_id",)),
     _read("GroupController/GetVolumeGroupSnapshot", *_GROUP),
+    _read("SnapshotMetadata/GetMetadataAllocated", "snapshot_id", quiet=False),
+    _read("SnapshotMetadata/GetMetadataDelta", "base_snapshot_id", "target_snapshot_id", quiet=False),
     _instant("Node/NodeGetCapabilities"),
     # Not instant: it reads the usage records, and their disk may hang.
     _read("Node/NodeGetInfo"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -21,6 +21,7 @@ from csi_driver.rpc.pb import csi_pb2 as pb
 
 if TYPE_CHECKING:
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+    from csi_driver.controller.changed_blocks import ChangedBlocks
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
     from csi_driver.controller.fencing import UnpublishVolume
@@ -74,8 +75,10 @@ class IdentityService(Service):
         self, request: pb.GetPluginCapabilitiesRequest, deadline: Deadline
     ) -> pb.GetPluginCapabilitiesResponse:
         services = [_Service.CONTROLLER_SERVICE, _Service.VOLUME_ACCESSIBILITY_CONSTRAINTS]
-        if self.features is not None and self.features.offered(deadline=deadline).group_snapshots:
-            services.append(_Service.GROUP_CONTROLLER_SERVICE)
+        if self.features is not None:
+            offered = self.features.offered(deadline=deadline)
+            services += [_Service.GROUP_CONTROLLER_SERVICE] if offered.group_snapshots else []
+            services += [_Service.SNAPSHOT_METADATA_SERVICE] if offered.changed_blocks else []
         return pb.GetPluginCapabilitiesResponse(
             capabilities=[
                 *(pb.PluginCapability(service=_Service(type=service)) for service in services),
@@ -149,6 +152,7 @@ class ControllerUseCases:
     features: StorageFeatures
     snapshots: Snapshots
     groups: GroupSnapshots
+    changed_blocks: ChangedBlocks
 
 
 @dataclass(slots=True)
@@ -326,6 +330,35 @@ class GroupControllerService(Service):
     ) -> pb.GetVolumeGroupSnapshotResponse:
         found = self.do.groups.get(request.group_snapshot_id, tuple(request.snapshot_ids), deadline=deadline)
         return pb.GetVolumeGroupSnapshotResponse(group_snapshot=wire.group_to(found))
+
+
+@dataclass(slots=True)
+class SnapshotMetadataService(Service):
+    """The first message of a stream has the size, also where nothing follows."""
+
+    name: ClassVar[str] = "SnapshotMetadata"
+
+    do: ControllerUseCases
+
+    def GetMetadataAllocated(
+        self, request: pb.GetMetadataAllocatedRequest, deadline: Deadline
+    ) -> Iterator[pb.GetMetadataAllocatedResponse]:
+        size_bytes, pages = self.do.changed_blocks.allocated(
+            request.snapshot_id, request.starting_offset, request.max_results, deadline=deadline
+        )
+        yield from wire.ranges_to(pb.GetMetadataAllocatedResponse, size_bytes, pages)
+
+    def GetMetadataDelta(
+        self, request: pb.GetMetadataDeltaRequest, deadline: Deadline
+    ) -> Iterator[pb.GetMetadataDeltaResponse]:
+        size_bytes, pages = self.do.changed_blocks.delta(
+            request.base_snapshot_id,
+            request.target_snapshot_id,
+            request.starting_offset,
+            request.max_results,
+            deadline=deadline,
+        )
+        yield from wire.ranges_to(pb.GetMetadataDeltaResponse, size_bytes, pages)
 
 
 @dataclass(slots=True)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.wrappers_pb2 import Int64Value
@@ -293,3 +293,18 @@ def storage_health_to(entries: Iterable[model.StorageEntry]) -> pb.NodeGetStorag
             entry(status=each.status.value, reason=each.reason, message=cut(each.message)) for each in entries
         ]
     )
+
+
+Metadata = TypeVar("Metadata", pb.GetMetadataAllocatedResponse, pb.GetMetadataDeltaResponse)
+
+
+def ranges_to(kind: type[Metadata], size_bytes: int, pages: Iterable[Sequence[tuple[int, int]]]) -> Iterator[Metadata]:
+    """Return the messages of a stream of ranges: one at least, which tells the size."""
+    shape = pb.BlockMetadataType.VARIABLE_LENGTH
+    is_empty = True
+    for page in pages:
+        is_empty = False
+        blocks = [pb.BlockMetadata(byte_offset=offset, size_bytes=length) for offset, length in page]
+        yield kind(block_metadata_type=shape, volume_capacity_bytes=size_bytes, block_metadata=blocks)
+    if is_empty:
+        yield kind(block_metadata_type=shape, volume_capacity_bytes=size_bytes)

@@ -51,6 +51,7 @@ from csi_driver.rpc.services import (
     GroupControllerService,
     IdentityService,
     NodeService,
+    SnapshotMetadataService,
 )
 from csi_driver.settings import EndpointSettings
 from csi_driver.storage_model import Features
@@ -324,6 +325,35 @@ class FakeGroups:
 
 
 @dataclass
+class FakeChangedBlocks:
+    """Two pages of everything, and none of an empty snapshot; `breaks`: the error after the first page."""
+
+    trace: Trace
+    breaks: Exception | None = None
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+
+    def allocated(
+        self, snapshot_id: str, offset: int, most: int, *, deadline: Deadline
+    ) -> tuple[int, Iterator[list[tuple[int, int]]]]:
+        self.trace.enter("allocated", deadline)
+        self.calls.append((snapshot_id, offset, most))
+        return 1 << 30, iter(())
+
+    def delta(
+        self, base_id: str, target_id: str, offset: int, most: int, *, deadline: Deadline
+    ) -> tuple[int, Iterator[list[tuple[int, int]]]]:
+        self.trace.enter("delta", deadline)
+        self.calls.append((base_id, target_id, offset, most))
+        return 1 << 30, self._pages()
+
+    def _pages(self) -> Iterator[list[tuple[int, int]]]:
+        yield [(0, 4096), (8192, 4096)]
+        if self.breaks is not None:
+            raise self.breaks
+        yield [(1 << 20, 1 << 20)]
+
+
+@dataclass
 class FakeNode:
     """What is staged and published, in dicts by path."""
 
@@ -349,6 +379,7 @@ class Endpoint:
     trace: Trace
     controller_fake: FakeController
     node_fake: FakeNode
+    changed_fake: FakeChangedBlocks
     boundary: Boundary
     server: Server
     channel: grpc.Channel
@@ -358,12 +389,13 @@ class Endpoint:
         self.identity = csi_pb2_grpc.IdentityStub(self.channel)
         self.controller = csi_pb2_grpc.ControllerStub(self.channel)
         self.groups = csi_pb2_grpc.GroupControllerStub(self.channel)
+        self.changed = csi_pb2_grpc.SnapshotMetadataStub(self.channel)
         self.node = csi_pb2_grpc.NodeStub(self.channel)
 
     def send(self, method: str, data: bytes) -> bytes:
-        """Call any method with any bytes."""
-        call = self.channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
-        return bytes(call(data))
+        """Call any method with any bytes, and return its answer: of a stream, all messages in a row."""
+        call = self.channel.unary_stream(method, request_serializer=bytes, response_deserializer=bytes)
+        return b"".join(call(data))
 
     def invoke(self, rpc: Rpc, request: Message) -> bytes:
         """Call the RPC of a rpc."""
@@ -383,7 +415,8 @@ def serving(
     boundary = Boundary(disabled, default_deadline_s, pools or thread_pools())
     snapshots = FakeSnapshots(trace, offers or Features())
     identity = IdentityService("nvmesh-csi.example.com", lambda: "1.2.3", is_ready, snapshots)
-    fakes = (*(controller,) * 9, _ControllerHealth(), snapshots, snapshots, FakeGroups(trace))
+    changed = FakeChangedBlocks(trace)
+    fakes = (*(controller,) * 9, _ControllerHealth(), snapshots, snapshots, FakeGroups(trace), changed)
     use_cases = ControllerUseCases(*cast("tuple[Any, ...]", fakes))
     server = Server(
         EndpointSettings(socket, default_deadline_s, drain_s),
@@ -392,6 +425,7 @@ def serving(
             identity,
             ControllerService(use_cases, volume_health=volume_health, attaches=attaches),
             GroupControllerService(use_cases),
+            SnapshotMetadataService(use_cases),
             NodeService(cast("Any", node), volume_health=volume_health),
         ),
     )
@@ -399,7 +433,7 @@ def serving(
     options = [("grpc.default_authority", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(f"unix:{socket}", options=options) as channel:
         try:
-            yield Endpoint(trace, controller, node, boundary, server, channel, socket)
+            yield Endpoint(trace, controller, node, changed, boundary, server, channel, socket)
         finally:
             server.drain()
 

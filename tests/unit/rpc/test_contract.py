@@ -11,13 +11,20 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 
 from csi_driver.rpc.contract import RPCS, Pool, Rpc
 from csi_driver.rpc.pb import csi_pb2
-from csi_driver.rpc.services import ControllerService, GroupControllerService, IdentityService, NodeService
+from csi_driver.rpc.services import (
+    ControllerService,
+    GroupControllerService,
+    IdentityService,
+    NodeService,
+    SnapshotMetadataService,
+)
 
 PROTO = Path(__file__).parents[3] / "proto" / "csi.proto"
 SERVED = {
     "Identity": IdentityService,
     "Controller": ControllerService,
     "GroupController": GroupControllerService,
+    "SnapshotMetadata": SnapshotMetadataService,
     "Node": NodeService,
 }
 LEFT_TO_THE_USE_CASE = {"ControllerModifyVolume": {"mutable_parameters"}}
