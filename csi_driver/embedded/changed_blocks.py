@@ -23,6 +23,7 @@ from csi_driver.embedded.documents import (
 )
 from csi_driver.embedded.model import SNAPSHOTS, Document, Snapshot
 from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.requests import ChangesQuery
 from csi_driver.embedded.settings import Reflinks
 from csi_driver.embedded.store import Store
 from csi_driver.host_model import Extent
@@ -31,17 +32,6 @@ _EXTENTS_AT_ONCE = 4096
 _ATTEMPTS = 3
 _EVERYTHING = 1 << 63
 _Ranges = list[tuple[int, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A page of the changes of `target` since `base`; base None: of all its data."""
-
-    target: tuple[str, str]
-    """Name and uuid."""
-    base: tuple[str, str] | None
-    offset: int
-    count: int
 
 
 @dataclass(eq=False)
@@ -58,7 +48,7 @@ class ChangedBlocks:
             with _opened(self.pool.snapshots) as directory:
                 self.why_not = self.reflinks.why_not_comparable(directory)
 
-    def page(self, question: Question) -> Document:
+    def page(self, name: str, query: ChangesQuery) -> Document:
         """Return up to `count` changed ranges from `offset` on, ascending; `next` is where the following page begins.
 
         Raises ApiError.
@@ -66,30 +56,29 @@ class ChangedBlocks:
         if self.why_not or self.reflinks is None:
             raise ApiError(NOT_SUPPORTED, self.why_not)
         with contextlib.ExitStack() as opened:
-            target, target_fd = self._opened(opened, question.target)
+            target, target_fd = self._opened(opened, name, query.uuid)
             sides, shared_bytes = [target_fd], target.bytes
-            if question.base is not None:
-                base, base_fd = self._opened(opened, question.base)
+            if query.base_uuid is not None:
+                base, base_fd = self._opened(opened, query.base, query.base_uuid)
                 if base.volume_uuid != target.volume_uuid:
                     raise ApiError(
                         SOURCE_NOT_USABLE, f"snapshots {base.name} and {target.name} are not of the same volume"
                     )
                 sides.append(base_fd)
                 shared_bytes = min(base.bytes, target.bytes)
-            ranges, end = _changes(self.reflinks, sides, shared_bytes, question.offset)
+            ranges, end = _changes(self.reflinks, sides, shared_bytes, query.offset)
         # Behind the end of a smaller base the rest is new, whether or not it has data.
         if end >= shared_bytes and shared_bytes < target.bytes:
-            begin = max(shared_bytes, question.offset)
+            begin = max(shared_bytes, query.offset)
             ranges = merged([*ranges, (begin, target.bytes - begin)] if begin < target.bytes else ranges)
             end = target.bytes
-        if len(ranges) > question.count:
-            end = ranges[question.count][0]
+        if len(ranges) > query.count:
+            end = ranges[query.count][0]
         following = end if end < target.bytes else None
-        return {"ranges": [list(each) for each in ranges[: question.count]], "next": following, "bytes": target.bytes}
+        return {"ranges": [list(each) for each in ranges[: query.count]], "next": following, "bytes": target.bytes}
 
-    def _opened(self, stack: contextlib.ExitStack, named: tuple[str, str]) -> tuple[Snapshot, int]:
+    def _opened(self, stack: contextlib.ExitStack, name: str, identity: str) -> tuple[Snapshot, int]:
         """Open the file of a snapshot. While it is open, its blocks keep their content, also when it is deleted."""
-        name, identity = named
         self._require(name, identity)  # before, too: a cut that is made again replaces its file
         try:
             descriptor = stack.enter_context(_opened(self.pool.snapshot_file(identity)))

@@ -182,11 +182,11 @@ GROUP_USAGE: Document = {"allowOverflow": True, "allocatedBlocks": 0, "reservedB
 """The use of a VPG's reserved space, which is empty."""
 
 
-def system_info(database_uuid: str, why_no_snapshots: str, why_no_groups: str) -> Document:
+def system_info(database_uuid: str, why_no_snapshots: str, why_no_groups: str, why_no_changes: str) -> Document:
     features = {
         "snapshots": not why_no_snapshots,
         "groupSnapshots": not why_no_groups,
-        "changedBlocks": False,
+        "changedBlocks": not why_no_changes,
         "reason": why_no_snapshots,
     }
     return {"version": VERSION, "APIVersion": API_VERSION, "dbUUID": database_uuid, "features": features}

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError, conlist
 from csi_driver.embedded import documents
 from csi_driver.embedded.allocator import Allocator
 from csi_driver.embedded.attacher import Attacher
+from csi_driver.embedded.changed_blocks import ChangedBlocks
 from csi_driver.embedded.clients import Clients, Pair
 from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.connections import COOKIE, HttpRequest, HttpResponse, answer, answer_text
@@ -35,6 +36,7 @@ from csi_driver.embedded.model import (
 )
 from csi_driver.embedded.requests import (
     AttachRequest,
+    ChangesQuery,
     Deletion,
     DetachRequest,
     EncryptionInit,
@@ -107,6 +109,7 @@ class Api:
     sessions: Sessions
     snapshots: Snapshots
     groups: GroupSnapshots
+    changed_blocks: ChangedBlocks
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def __post_init__(self) -> None:
@@ -136,6 +139,7 @@ class Api:
             ("POST", "/volumes/initEncryption"): _each(EncryptionInit, self.encryptions.initialize),
             ("GET", "/snapshots/all/*/*"): _list(lambda query: map(compact_json, self.snapshot_documents(query))),
             ("GET", "/snapshots/*"): _get(self.snapshot),
+            ("GET", "/snapshots/changes/*"): self.changes,
             ("POST", "/snapshots/save"): _each(NewSnapshot, self.cut),
             ("POST", "/snapshots/delete"): _each(SnapshotDeletion, self.delete_snapshot),
             ("GET", "/snapshotGroups/*"): _get(self.snapshot_group),
@@ -245,6 +249,10 @@ class Api:
         self.volumes.extend(item)
         self.attacher.grow(item.uuid)
 
+    def changes(self, request: HttpRequest, parts: list[str]) -> str:
+        query = ChangesQuery.model_validate(dict(request.query))
+        return compact_json(self.changed_blocks.page(parts[0], query))
+
     def client_documents(self) -> Iterable[Document]:
         return map(self._client_document, self.store.all(CLIENTS))
 
@@ -302,7 +310,8 @@ class Api:
 
     def system_info(self) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
-        return documents.system_info(fact.value if fact else "", self.snapshots.why_none, self.groups.why_none)
+        why_none = self.snapshots.why_none, self.groups.why_none, self.changed_blocks.why_not
+        return documents.system_info(fact.value if fact else "", *why_none)
 
 
 def _get(act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:

@@ -290,6 +290,24 @@ class SnapshotDeletion(_Named):
     """An item of /snapshots/delete or /snapshotGroups/delete."""
 
 
+class ChangesQuery(BaseModel):
+    """The query of /snapshots/changes/:name. `base`, `base_uuid`: the earlier snapshot; none = all data."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, regex_engine="python-re")
+
+    uuid: Uuid
+    base: str = ""
+    base_uuid: Uuid | None = None
+    offset: Annotated[int, Field(ge=0, le=(1 << 63) - 1)] = 0
+    count: Annotated[int, Field(ge=1, le=4096)] = 4096
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        if bool(self.base) != (self.base_uuid is not None):
+            raise ValueError("expected base and baseUuid together")
+        return self
+
+
 class EncryptionInit(_Named):
     """An item of /volumes/initEncryption."""
 

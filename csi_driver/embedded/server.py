@@ -19,6 +19,7 @@ from pathlib import Path
 from csi_driver.background import Periodic, Worker, run_detached
 from csi_driver.embedded.allocator import Allocator
 from csi_driver.embedded.attacher import Attacher
+from csi_driver.embedded.changed_blocks import ChangedBlocks
 from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.connections import HttpServer
@@ -73,6 +74,7 @@ class StorageServer:
             undo.callback(listener.close)
             self.store = Store(self.pool.database)
             undo.callback(self.store.close)
+            self.changed_blocks = ChangedBlocks(self.store, self.pool, reflinks)
             self._build(loops, headers)
             self.recover()
             self._http = HttpServer(listener, self.api.respond, tls)
@@ -110,6 +112,7 @@ class StorageServer:
             self.sessions,
             self.snapshots,
             self.groups,
+            self.changed_blocks,
         )
 
     def recover(self) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.changed_blocks import ChangedBlocks, Question
+from csi_driver.embedded.changed_blocks import ChangedBlocks
 from csi_driver.embedded.documents import SNAPSHOT_NOT_FOUND, ApiError
 from csi_driver.embedded.layouts import BLOCK_SIZE, CONCATENATED, Layout
 from csi_driver.embedded.model import NO_ACTION, SNAPSHOTS, Snapshot
 from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.requests import ChangesQuery
 from csi_driver.embedded.store import Store
 from csi_driver.host.reflink import ReflinkedFiles
 from csi_driver.host.syscalls import libc
@@ -73,8 +74,9 @@ class World:
         found: list[tuple[int, int]] = []
         place: int | None = offset
         while place is not None:
-            old = None if base is None else (base.name, base.uuid)
-            answer = self.changed.page(Question((target.name, target.uuid), old, place, count))
+            old = {} if base is None else {"base": base.name, "baseUuid": base.uuid}
+            query = {"uuid": target.uuid, "offset": place, "count": min(count, 4096), **old}
+            answer = self.changed.page(target.name, ChangesQuery.model_validate(query))
             ranges, following = answer["ranges"], answer["next"]
             assert isinstance(ranges, list)
             assert answer["bytes"] == target.bytes
@@ -268,7 +270,9 @@ def test_another_snapshot_of_the_name_of_the_base_is_not_the_base(world: World) 
     world.volume(16 * BLOCK_SIZE)
     base, target = world.cut(), world.cut()
     with pytest.raises(ApiError) as refusal:
-        world.changed.page(Question((target.name, target.uuid), (base.name, VOLUME), 0, 10))
+        world.changed.page(
+            target.name, ChangesQuery.model_validate({"uuid": target.uuid, "base": base.name, "baseUuid": VOLUME})
+        )
     assert refusal.value.error["id"] == SNAPSHOT_NOT_FOUND
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.changed_blocks import ChangedBlocks, Question, differences
+from csi_driver.embedded.changed_blocks import ChangedBlocks, differences
 from csi_driver.embedded.documents import NOT_SUPPORTED, SOURCE_BUSY, ApiError
 from csi_driver.embedded.layouts import Layout
 from csi_driver.embedded.model import NO_ACTION, SNAPSHOTS, Snapshot
 from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.requests import ChangesQuery
 from csi_driver.embedded.store import Store
 from csi_driver.host_model import Extent
 from tests.unit.embedded.fake_reflinks import FakeReflinks
@@ -44,8 +45,8 @@ def compare(tmp_path: Path, reflinks: FakeReflinks) -> object:
             pool.snapshot_file(identity).write_bytes(os.urandom(16))
             snapshot = Snapshot(name, identity, "v", UUIDS[0], 4, Layout(), {}, action=NO_ACTION)
             store.write(lambda change, name=name, snapshot=snapshot: change.put(SNAPSHOTS, name, snapshot))  # type: ignore[misc]
-        question = Question(("a", UUIDS[0]), ("b", UUIDS[1]), 0, 10)
-        return ChangedBlocks(store, pool, reflinks).page(question)["ranges"]
+        query = ChangesQuery.model_validate({"uuid": UUIDS[0], "base": "b", "baseUuid": UUIDS[1]})
+        return ChangedBlocks(store, pool, reflinks).page("a", query)["ranges"]
     finally:
         store.close()
         pool.close()

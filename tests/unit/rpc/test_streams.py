@@ -46,7 +46,7 @@ def test_a_snapshot_without_data_is_answered_with_its_size(endpoint: Endpoint) -
 
 def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_code(endpoint: Endpoint) -> None:
     endpoint.changed_fake.breaks = SnapshotNotFound("z:a:1")
-    answers = endpoint.changed.GetMetadataDelta(REQUEST, timeout=20)
+    answers = iter(endpoint.changed.GetMetadataDelta(REQUEST, timeout=20))
     assert next(answers).block_metadata
     with pytest.raises(grpc.RpcError) as refusal:
         next(answers)
@@ -66,7 +66,7 @@ def test_a_bug_in_the_middle_of_a_stream_is_told_without_its_details(endpoint: E
 def test_a_missing_snapshot_is_named(endpoint: Endpoint, missing: str) -> None:
     request = pb.GetMetadataDeltaRequest()
     request.CopyFrom(REQUEST)
-    request.ClearField(missing)  # type: ignore[arg-type]
+    request.ClearField(missing)
     with pytest.raises(grpc.RpcError) as refusal:
         list(endpoint.changed.GetMetadataDelta(request, timeout=20))
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -78,7 +78,7 @@ def test_a_stream_whose_caller_went_away_ends(endpoint: Endpoint) -> None:
     endpoint.trace.hook = gate
     answers = endpoint.changed.GetMetadataDelta(REQUEST, timeout=20)
     gate.wait_for()
-    answers.cancel()
+    answers.cancel()  # type: ignore[no-untyped-call]
     gate.open()
     assert endpoint.boundary.running.wait_for_none(20) == []
 
