@@ -177,6 +177,8 @@ class Volume(VolumeSummary):
     reservation: Reservation = field(default_factory=Reservation)
     description: str = ""
     relative_rebuild_priority: int | None = None
+    has_private_readers: bool = False
+    """Each SHARED_READ_ONLY client gets a writable copy of its own."""
 
 
 class ClientStatus(IntEnum):

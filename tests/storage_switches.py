@@ -130,6 +130,7 @@ def add_points(server: StorageServer, at_point: Callable[[str], None]) -> None:
     server.pool.begin_reflink = after("pool.begin_reflink", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.complete_reflink = after("pool.complete_reflink", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.remove_snapshot = after("pool.remove_snapshot", server.pool)  # type: ignore[method-assign, assignment]
+    server.pool.remove_private = after("pool.remove_private", server.pool)  # type: ignore[method-assign, assignment]
     attacher = server.attacher
     attacher.loops = port("loops", attacher.loops, "attach", "detach", "fence", "grow")
     for client, files in attacher.files.items():

@@ -269,12 +269,13 @@ class _Call:
             elif origin is None and number == 1 and self.mode is ReservationMode.EXCLUSIVE_READ_WRITE:
                 history = History.FIRST
         unit_bytes, stripe_bytes = stripes_of(volume.layout)
+        is_reader = self.mode is ReservationMode.SHARED_READ_ONLY
         return PublishContext(
             name=volume.name,
             uuid=volume.uuid,
             attachment=number,
             history=history,
-            read_only=self.mode is ReservationMode.SHARED_READ_ONLY,
+            read_only=is_reader,
             size_bytes=volume.size_bytes,
             encryption=encryption_of(volume, creation, self.request.context),
             format_allowed=self._may_format(volume, number),
@@ -282,6 +283,7 @@ class _Call:
             stripe_bytes=stripe_bytes,
             populated=origin is not None,
             inherited_uuids=origin.ancestors if origin is not None else (),
+            private_copy=is_reader and volume.has_private_readers,
         )
 
     def _may_format(self, volume: Volume, number: int) -> bool:

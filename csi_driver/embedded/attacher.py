@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from csi_driver.background import Worker
 from csi_driver.embedded.client_files import DeviceDirectories, StatusFiles, is_in_place, remove_nodes
@@ -39,9 +40,19 @@ from csi_driver.host_model import LoopDevice
 _log = logging.getLogger(__name__)
 
 
-def label_of(identity: str, client: str) -> str:
-    """Return the label of an attachment's loop device: the volume's uuid and a hash of the client's name."""
-    return f"{identity}/{_client_hash(client)}"
+_PRIVATE = "private"
+
+
+def label_of(identity: str, client: str, *, private: bool = False) -> str:
+    """Return the label of an attachment's loop device: the volume's uuid and a hash of the client's name.
+
+    `private`: the device is of the client's own copy of the volume.
+    """
+    return f"{identity}/{_client_hash(client)}" + (f"/{_PRIVATE}" if private else "")
+
+
+def _is_private(device: LoopDevice) -> bool:
+    return device.label.endswith(f"/{_PRIVATE}")
 
 
 def _client_hash(client: str) -> str:
@@ -73,6 +84,7 @@ class Attacher:
             if not self._install(name):
                 self.worker.later(f"install {name}", lambda name=name: self._install(name))  # type: ignore[misc]
         self._find_devices()
+        self._remove_stale_copies()
         self._remove_stale_nodes()
         wanted = {(each.client, each.uuid): each for each in self.store.everywhere(ATTACHMENTS)}
         reported = {(r.client, r.uuid) for r in self.store.everywhere(REPORTS) if r.status != DETACHED}
@@ -100,8 +112,8 @@ class Attacher:
 
     def _find_devices(self) -> None:
         owners = {_client_hash(name): name for name in self.files}
-        for device in self.loops.bound_to(self.pool.volumes):
-            identity, _, owner = device.label.partition("/")
+        for device in (*self.loops.bound_to(self.pool.volumes), *self.loops.bound_to(self.pool.private)):
+            identity, _, owner = device.label.removesuffix(f"/{_PRIVATE}").partition("/")
             pair = owners.get(owner, ""), identity
             if owner not in owners:
                 _log.warning(
@@ -111,6 +123,16 @@ class Attacher:
                 self.devices[pair] = device
             elif not self.loops.detach(device):
                 _log.warning("loop%d is a second device of %s and in use; left alone", device.number, device.file)
+
+    def _remove_stale_copies(self) -> None:
+        """Remove the readers' copies without a device: a crash left them."""
+        used = {device.file.name for device in self.loops.bound_to(self.pool.private)}
+        try:
+            for file in self.pool.private_files():
+                if file.name not in used:
+                    self.pool.remove_private(file)
+        except HostFailure as problem:
+            _log.warning("copies of readers without a device are left until the next start: %s", problem)
 
     def _remove_stale_nodes(self) -> None:
         directories = DeviceDirectories(self.store, self._nodes)
@@ -227,9 +249,11 @@ class Attacher:
         device = self.devices.get((client, identity))
         if device is None or self.is_down(client):
             return
-        self.loops.grow(device)
         wanted = self.store.get(ATTACHMENTS, identity, client)
         volume = self.store.get(VOLUMES, wanted.volume) if wanted is not None else None
+        if volume is not None and volume.uuid == identity and _is_private(device):
+            self.pool.extend_private(self._copy_of(identity, client), volume.bytes)
+        self.loops.grow(device)
         if wanted is not None and volume is not None and wanted.is_attaching:
             self.files[client].show(volume, wanted, io_enabled=not device.fenced)
 
@@ -247,7 +271,10 @@ class Attacher:
             self._report_lost_io(wanted)
             return False
         device = self.devices.get(pair)
-        if device is not None and (device.fenced or device.read_only != wanted.read_only):
+        private = wanted.read_only and volume.has_private_readers
+        read_only = wanted.read_only and not private
+        is_other = device is not None and (device.read_only, _is_private(device)) != (read_only, private)
+        if device is not None and (device.fenced or is_other):
             if not self._unbind(pair, device, wanted.volume):
                 self._report_lost_io(wanted)
                 return False
@@ -255,17 +282,23 @@ class Attacher:
         node = self._nodes[wanted.client] / wanted.volume
         if device is None:
             self._secure_file(volume)
+            file = self.pool.file(wanted.uuid)
+            if private:
+                # Nobody writes to the volume now. An earlier copy, of a crash, has no device.
+                copy = self._copy_of(wanted.uuid, wanted.client)
+                self.pool.reflink(file, copy, volume.bytes)
+                file = copy
             self.devices[pair] = device = self.loops.attach(
-                self.pool.file(wanted.uuid),
-                node,
-                label=label_of(wanted.uuid, wanted.client),
-                read_only=wanted.read_only,
+                file, node, label=label_of(wanted.uuid, wanted.client, private=private), read_only=read_only
             )
         elif device.node != node or not is_in_place(node, device):
             self.devices[pair] = device = self.loops.ensure_node(device, node)
         self.files[wanted.client].show(volume, wanted)
         self.clients.report(wanted, ATTACHED, io_enabled=1)
         return True
+
+    def _copy_of(self, identity: str, client: str) -> Path:
+        return self.pool.private_file(identity, _client_hash(client))
 
     def _report_lost_io(self, wanted: Attachment) -> None:
         """Correct the report of a client that has lost its I/O since."""
@@ -389,6 +422,8 @@ class Attacher:
     def _unbind(self, pair: Pair, device: LoopDevice, volume_name: str | None) -> bool:
         if not self.loops.detach(device):
             return False
+        if _is_private(device):
+            self.pool.remove_private(self._copy_of(pair[1], pair[0]))
         del self.devices[pair]
         if volume_name is not None:
             self._hide(pair[0], volume_name)

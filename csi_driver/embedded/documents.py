@@ -101,6 +101,8 @@ def volume_document(volume: Volume) -> Document:
         document["isEncrypted"] = False
     if volume.encryption is not None:
         document |= {"isEncrypted": True, "encryption": _encryption(volume.encryption)}
+    if volume.has_private_readers:
+        document["privateReaders"] = True
     return document
 
 

@@ -133,6 +133,11 @@ class Volume:
         return self.given.get("isReadOnly") is True
 
     @property
+    def has_private_readers(self) -> bool:
+        """Each SHARED_READ_ONLY client has a writable copy: the log of a copied filesystem is not empty."""
+        return self.source is not None
+
+    @property
     def ready(self) -> bool:
         """False until its encryption is initialized, or its source is copied: no client may attach it."""
         if self.source is not None:

@@ -69,7 +69,7 @@ class Pool:
             what, file = f"open the pool {directory}", problem.filename or ""
             raise SystemCallFailed(what, problem.errno or 0, file) from problem
         self._preallocate = preallocate
-        self._syncs = {path: _DirectorySync(path) for path in (self.volumes, self.snapshots)}
+        self._syncs = {path: _DirectorySync(path) for path in (self.volumes, self.snapshots, self.private)}
         self._reflinks = reflinks
         self.why_no_reflinks = self._probed(reflinks)
 
@@ -77,9 +77,10 @@ class Pool:
         self.directory = directory.resolve()
         self.volumes = self.directory / "volumes"
         self.snapshots = self.directory / "snapshots"
+        self.private = self.directory / "private"
         self.database = self.directory / "manager.sqlite"
         self.password = self.directory / "password"
-        for path in (self.volumes, self.snapshots):
+        for path in (self.volumes, self.snapshots, self.private):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self.directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -98,6 +99,10 @@ class Pool:
 
     def snapshot_file(self, identity: str) -> Path:
         return self.snapshots / f"{identity}{_SUFFIX}"
+
+    def private_file(self, identity: str, owner: str) -> Path:
+        """Return the file of a reader's own copy of a volume."""
+        return self.private / f"{identity}.{owner}{_SUFFIX}"
 
     def free_bytes(self) -> int:
         with _named(f"look at the file system of {self.volumes}"):
@@ -151,7 +156,14 @@ class Pool:
 
         `synced`: file and directory entry are on disk when this returns.
         """
-        path = self.file(identity)
+        self._make(self.file(identity), size_bytes, synced=synced)
+
+    def extend_private(self, file: Path, size_bytes: int) -> None:
+        """Extend a reader's copy, which exists, as `make` does."""
+        if self.has_file(file, 0):
+            self._make(file, size_bytes)
+
+    def _make(self, path: Path, size_bytes: int, *, synced: bool = False) -> None:
         with _named(f"make {path} of {size_bytes} bytes"):
             with _opened(path, os.O_CREAT | os.O_RDWR) as descriptor:
                 if os.fstat(descriptor).st_size < size_bytes:
@@ -168,6 +180,15 @@ class Pool:
         """Remove the file; a missing one is success."""
         with _named(f"remove {self.file(identity)}"):
             self.file(identity).unlink(missing_ok=True)
+
+    def private_files(self) -> list[Path]:
+        with _named(f"list {self.private}"):
+            return sorted(self.private.glob(f"*{_SUFFIX}"))
+
+    def remove_private(self, file: Path) -> None:
+        """Remove a reader's copy; a missing one is success."""
+        with _named(f"remove {file}"):
+            file.unlink(missing_ok=True)
 
     def remove_snapshot(self, identity: str) -> None:
         """Remove a snapshot's file, also an unfinished one; a missing one is success."""

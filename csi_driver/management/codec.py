@@ -35,7 +35,7 @@ SUMMARY_FIELDS = (
 """Projection of lists of volumes: all that `decode_summary` reads."""
 VOLUME_FIELDS = (
     *SUMMARY_FIELDS, "isReady", "isReadOnly", "sourceID", "allowAllocationOnOfflineDrives", "RAIDLevel", *_LAYOUT_KEYS,
-    "VPG", "reservation", "description", "relativeRebuildPriority",
+    "VPG", "reservation", "description", "relativeRebuildPriority", "privateReaders",
 )  # fmt: skip
 """All that `decode_volume` reads, without the chunks, which are large."""
 
@@ -95,6 +95,7 @@ def decode_volume(row: Document) -> storage_model.Volume:
             reservation=_reservation(row),
             description=str(row.get("description") or ""),
             relative_rebuild_priority=_whole(row.get("relativeRebuildPriority")),
+            has_private_readers=row.get("privateReaders") is True,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise invalid_document(row, f"a volume document that cannot be read ({error})") from error
