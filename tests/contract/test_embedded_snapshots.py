@@ -6,8 +6,10 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import mmap
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +17,10 @@ from urllib.parse import quote
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Store
+from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.reflink import ReflinkedFiles
 from tests.reflink_pool import EXT4, MIB, fill, in_memory, mounted
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -138,6 +142,55 @@ def test_after_kill_9_in_the_recovery_the_next_one_is_right(settings: StorageSet
             pass
     with on(settings) as manager:
         assert content(manager, "snap-1") == b"first"
+
+
+# --- a running writer ---------------------------------------------------------------------------------------------
+
+
+def write_on(node: Path, acknowledged: list[int], end: threading.Event) -> None:
+    """Write numbered blocks to a device, each after the one before was acknowledged."""
+    fd = os.open(node, os.O_RDWR | os.O_DIRECT)
+    with mmap.mmap(-1, 4096) as block:
+        number = 0
+        while not end.is_set() and number < 100_000:
+            number += 1
+            block[:8] = number.to_bytes(8, "big")
+            os.pwrite(fd, block, (number - 1) * 4096)
+            acknowledged.append(number)
+    os.close(fd)
+
+
+def numbers_in(file: Path, most: int) -> list[int]:
+    with file.open("rb") as opened:
+        blocks = opened.read((most + 1) * 4096)
+    numbers = [int.from_bytes(blocks[at : at + 8], "big") for at in range(0, len(blocks), 4096)]
+    return [number for number in numbers if number]
+
+
+def test_a_snapshot_of_a_running_writer_has_all_writes_up_to_a_moment_within_its_cut(settings: StorageSettings) -> None:
+    loops, end, acknowledged = LoopDevices(), threading.Event(), list[int]()
+    with running(settings, loops, reflinks=ReflinkedFiles()) as manager:
+        manager.save("data", 1)
+        manager.attach("data")
+        with ThreadPoolExecutor(1) as threads:
+            writer = threads.submit(write_on, settings.clients[0].device_directory / "data", acknowledged, end)
+            bounds: list[tuple[int, int]] = []
+            try:
+                for number in range(5):
+                    wanted = len(acknowledged) + 50
+                    assert Deadline.after(60).wait_until(lambda wanted=wanted: len(acknowledged) > wanted)  # type: ignore[misc]
+                    before = len(acknowledged)
+                    assert manager.cut(f"snap-{number}", "data")["success"]
+                    bounds.append((before, len(acknowledged) + 1))
+            finally:
+                end.set()
+            writer.result(60)
+        for number, (least, most) in enumerate(bounds):
+            file = manager.server.pool.snapshot_file(manager.snapshot(f"snap-{number}")["uuid"])
+            found = numbers_in(file, len(acknowledged))
+            assert found == list(range(1, len(found) + 1))
+            assert least <= len(found) <= most
+        assert manager.detach("data")["success"]
 
 
 # --- space --------------------------------------------------------------------------------------------------------

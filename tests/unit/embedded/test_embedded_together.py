@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from pathlib import Path
 
 from csi_driver.embedded.model import TOTALS, VOLUMES, Totals
 from tests.unit.embedded.fake_loops import FakeLoopDevices
-from tests.unit.embedded.manager import Manager, running, settings_in
+from tests.unit.embedded.fake_reflinks import FakeReflinks
+from tests.unit.embedded.manager import CONCATENATED, Manager, running, settings_in
 
 NAMES = ["a", "b", "c"]
 CLIENTS = ["node-1", "node-2"]
@@ -24,7 +26,20 @@ def act(manager: Manager, chance: random.Random) -> None:
     identity = volume["uuid"]
     item = {"name": name, "uuid": identity, "referenceID": chance.choice(["x", "y"])}
     attachment = {"client": client, "clientUUID": identity, "volumes": [item]}
-    match chance.randrange(6):
+    snapshot = f"snap-{chance.randrange(4)}"
+    match chance.randrange(10):
+        case 6:
+            manager.post("/snapshots/save", [{"name": snapshot, "volume": {"_id": name, "uuid": identity}}])
+        case 7:
+            manager.delete_snapshot(snapshot, manager.snapshot(snapshot).get("uuid") or identity)
+        case 8:
+            source = {"kind": "volume", "_id": name, "uuid": identity}
+            copy = {"name": chance.choice(NAMES), "capacity": 4, "VPG": CONCATENATED, "source": source}
+            manager.post("/clones/save", [copy])
+        case 9:
+            copied = {"kind": "snapshot", "_id": snapshot, "uuid": manager.snapshot(snapshot).get("uuid") or identity}
+            copy = {"name": chance.choice(NAMES), "capacity": 4, "VPG": CONCATENATED, "source": copied}
+            manager.post("/clones/save", [copy])
         case 0:
             manager.post("/volumes/delete", [{"_id": name, "uuid": identity}])
         case 1:
@@ -49,6 +64,12 @@ def contradictions(manager: Manager, loops: FakeLoopDevices) -> list[str]:
         identity: pool.file(identity).stat().st_size for identity in pool.identities()
     }:
         found.append("files")
+    snapshots = {row["uuid"]: row["blocks"] * 4096 for row in manager.get("/snapshots/all/0/0")}
+    if snapshots != {file.stem: file.stat().st_size for file in pool.snapshots.iterdir()}:
+        found.append("files of snapshots")
+    counted = Counter(row["volume"]["uuid"] for row in manager.get("/snapshots/all/0/0"))
+    if any(volume.snapshots != counted[volume.uuid] for volume in manager.server.store.all(VOLUMES)):
+        found.append("numbers of snapshots")
     clients = manager.get("/clients/all/0/0")
     desired = {
         (attachment["uuid"], client["_id"]) for client in clients for attachment in client["attachments"].values()
@@ -74,7 +95,7 @@ def contradictions(manager: Manager, loops: FakeLoopDevices) -> list[str]:
 
 def test_everything_agrees_after_many_callers_at_once(tmp_path: Path) -> None:
     loops = FakeLoopDevices()
-    with running(settings_in(tmp_path), loops) as manager:
+    with running(settings_in(tmp_path), loops, reflinks=FakeReflinks()) as manager:
         problems: list[BaseException] = []
 
         def work(seed: int) -> None:
