@@ -113,7 +113,7 @@ class Api:
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def __post_init__(self) -> None:
-        groups = "/volumeProvisioningGroups"
+        groups, counted = "/volumeProvisioningGroups", self.snapshots.cuts.counted
         self.public: dict[tuple[str, str], Callable[[HttpRequest], HttpResponse]] = {
             ("POST", "/login"): self.login,
             ("GET", "/login"): lambda _: answer(failure(1267, "Please login via the /login route.")),
@@ -132,7 +132,7 @@ class Api:
             ("GET", f"{groups}/getVolumesCapacityUsageByID/*"): _get(self.group_usage),
             ("GET", f"{groups}/*"): _get(self.group),
             ("POST", "/volumes/save"): _each(NewVolume, self.create),
-            ("POST", "/clones/save"): _each(NewClone, self.clone),
+            ("POST", "/clones/save"): _each(NewClone, counted(self.clone)),
             ("POST", "/volumes/extend"): _each(Extension, self.extend),
             ("POST", "/volumes/update"): _each(VolumeUpdate, self.volumes.update),
             ("POST", "/volumes/delete"): _each(Deletion, self.delete),
@@ -140,10 +140,10 @@ class Api:
             ("GET", "/snapshots/all/*/*"): _list(lambda query: map(compact_json, self.snapshot_documents(query))),
             ("GET", "/snapshots/*"): _get(self.snapshot),
             ("GET", "/snapshots/changes/*"): self.changes,
-            ("POST", "/snapshots/save"): _each(NewSnapshot, self.cut),
+            ("POST", "/snapshots/save"): _each(NewSnapshot, counted(self.cut)),
             ("POST", "/snapshots/delete"): _each(SnapshotDeletion, self.delete_snapshot),
             ("GET", "/snapshotGroups/*"): _get(self.snapshot_group),
-            ("POST", "/snapshotGroups/save"): _each(NewSnapshotGroup, self.cut_group),
+            ("POST", "/snapshotGroups/save"): _each(NewSnapshotGroup, counted(self.cut_group)),
             ("POST", "/snapshotGroups/delete"): _each(SnapshotDeletion, self.delete_group),
             ("POST", "/clients/attach"): _post(AttachRequest, self.attach),
             ("POST", "/clients/detach"): _post(DetachRequest, self.detach),

@@ -17,6 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from csi_driver.background import Worker
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
@@ -41,6 +42,9 @@ from csi_driver.errors import DriverError, HostFailure, NotFreezable, SystemCall
 
 _log = logging.getLogger(__name__)
 
+A = TypeVar("A")
+T = TypeVar("T")
+
 REFUSALS = {
     documents.NOT_SUPPORTED: "unsupported",
     documents.TOO_MANY_EXTENTS: "extents",
@@ -60,7 +64,7 @@ def lock_of(snapshot_name: str) -> str:
 
 @dataclass(slots=True)
 class Cuts:
-    """What was cut since the start, for the metrics."""
+    """What was cut and copied since the start, for the metrics."""
 
     last_extents: int = 0
     last_s: float = 0.0
@@ -71,16 +75,25 @@ class Cuts:
         with self._guard:
             return dict(self._results)
 
-    def add(self, extents: int, seconds: float) -> None:
-        with self._guard:
-            self._results["done"] += 1
-            self.last_extents, self.last_s = extents, seconds
+    def counted(self, act: Callable[[A], T]) -> Callable[[A], T]:
+        """Return the function that carries out a request, and counts the result."""
 
-    def refuse(self, refusal: ApiError) -> None:
-        number = refusal.error["id"]
-        if isinstance(number, int) and number in REFUSALS:
-            with self._guard:
-                self._results[REFUSALS[number]] += 1
+        def counting(item: A) -> T:
+            try:
+                done = act(item)
+            except ApiError as refusal:
+                number = refusal.error["id"]
+                if isinstance(number, int) and number in REFUSALS:
+                    self._count(REFUSALS[number])
+                raise
+            self._count("done")
+            return done
+
+        return counting
+
+    def _count(self, result: str) -> None:
+        with self._guard:
+            self._results[result] += 1
 
 
 @dataclass(eq=False)
@@ -102,13 +115,9 @@ class Snapshots:
 
     def save(self, item: NewSnapshot) -> Snapshot:
         """Cut a volume; return the snapshot that an earlier request of this name and volume made."""
-        try:
-            self.refuse_unsupported()
-            with self.locks.hold(lock_of(item.name)):
-                return self.known(item.name, item.volume) or self._cut(item)
-        except ApiError as refusal:
-            self.cuts.refuse(refusal)
-            raise
+        self.refuse_unsupported()
+        with self.locks.hold(lock_of(item.name)):
+            return self.known(item.name, item.volume) or self._cut(item)
 
     def refuse_unsupported(self) -> None:
         if self.why_none:
@@ -209,7 +218,7 @@ class Snapshots:
         begun_s, created = self.clock.monotonic(), now()
         self.share(snapshot)
         cut = self.complete(snapshot, extents, created)
-        self.cuts.add(extents, self.clock.monotonic() - begun_s)
+        self.cuts.last_extents, self.cuts.last_s = extents, self.clock.monotonic() - begun_s
         return cut
 
     def share(self, snapshot: Snapshot) -> None:

@@ -256,7 +256,7 @@ def snapshots(
         _gauge("nvmesh_csi_storage_snapshots", "Snapshots in the pool.", count),
         Reading(
             "nvmesh_csi_storage_snapshot_cuts_total",
-            "Requests to cut a volume: done, or refused: busy, extents (too many), space, unsupported.",
+            "Requests to cut or copy volumes: done, or refused: busy, extents (too many), space, unsupported.",
             *_by("result", cuts),
             is_counter=True,
         ),

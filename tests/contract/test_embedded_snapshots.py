@@ -25,6 +25,7 @@ from csi_driver.host.reflink import ReflinkedFiles
 from tests.reflink_pool import EXT4, MIB, fill, in_memory, mounted
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import GB, Json, Manager, running, settings_in
+from tests.unit.embedded.test_storage_api import SCHEMAS, problems
 
 pytestmark = pytest.mark.root
 
@@ -191,6 +192,7 @@ def test_a_snapshot_of_a_running_writer_has_all_writes_up_to_a_moment_within_its
             assert found == list(range(1, len(found) + 1))
             assert least <= len(found) <= most
         assert manager.detach("data")["success"]
+    assert not loops.bound_to(settings.pool_directory / "volumes")
 
 
 # --- space --------------------------------------------------------------------------------------------------------
@@ -252,6 +254,18 @@ def test_a_pool_without_reflinks_refuses_and_never_copies(tmp_path: Path, place:
         refusal = manager.cut("snap-1", "data")["error"]
         assert (refusal["id"], features["reason"] in refusal["message"]) == (91003, True)
         assert not list(manager.server.pool.snapshots.iterdir())
+
+
+def test_changes_between_snapshots_are_answered_as_described(settings: StorageSettings) -> None:
+    with on(settings) as manager:
+        manager.save("data", 1)
+        uuids = []
+        for number in range(2):
+            write(manager, "data", b"%05d" % number, number * MIB)
+            uuids.append(manager.cut(f"snap-{number}", "data")["uuid"])
+        answer = manager.get(f"/snapshots/changes/snap-1?uuid={uuids[1]}&base=snap-0&baseUuid={uuids[0]}")
+        assert list(problems(answer, SCHEMAS["Changes"])) == []
+        assert answer["ranges"] == [[MIB, 4096]]
 
 
 # --- many ---------------------------------------------------------------------------------------------------------

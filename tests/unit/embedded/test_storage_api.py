@@ -107,6 +107,14 @@ def test_every_field_of_a_request_is_described(name: str) -> None:
     assert required == set(schema["required"])
 
 
+def test_every_parameter_of_the_changes_is_described() -> None:
+    parameters = described()["GET", "/snapshots/changes/*"]["parameters"]
+    fields = requests.ChangesQuery.model_fields.values()
+    assert {each["name"] for each in parameters if each["in"] == "query"} == {field.alias for field in fields}
+    required = {field.alias for field in fields if field.is_required()}
+    assert {each["name"] for each in parameters if each["in"] == "query" and each.get("required")} == required
+
+
 def test_every_own_error_number_is_described() -> None:
     numbers = {
         value for name, value in vars(documents).items() if name.isupper() and isinstance(value, int) and value > 91000
@@ -131,11 +139,13 @@ def test_answers_are_as_described(manager: Manager) -> None:
         "VPG": "DEFAULT_CONCATENATED_VPG",
         "source": {**snapshot, "kind": "snapshot"},
     }
+    compared = f"/snapshots/changes/s-1?uuid={snapshot['uuid']}"
     members = [{"name": f"m-{number}", "volume": volume} for number, volume in enumerate((source, secret))]
     groups = manager.post("/snapshotGroups/save", [{"name": "g-1", "members": members}])
     answers = {
         ("POST", "/snapshotGroups/save"): groups,
         ("GET", "/snapshotGroups/*"): manager.get("/snapshotGroups/g-1"),
+        ("GET", "/snapshots/changes/*"): manager.get(compared),
         ("GET", "/systemInfo"): manager.get("/systemInfo"),
         ("GET", "/snapshots/all/*/*"): manager.get("/snapshots/all/0/0"),
         ("GET", "/snapshots/*"): manager.get("/snapshots/s-2"),
