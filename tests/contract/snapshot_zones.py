@@ -109,7 +109,8 @@ class Zones:
         token = ""
         while True:
             found, token = self.page(size, token, **which)
-            assert not size or len(found) <= size
+            assert not size or 0 < len(found) <= size or not token
+            assert len(ids) < 10_000, "the pages do not end"
             ids += [cut.snapshot_id for cut in found]
             if not token:
                 return ids

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.model import CUTTING, SNAPSHOTS
+from csi_driver.embedded.store import Change
 from csi_driver.errors import (
     ExistsDifferently,
     Incompatible,
@@ -176,6 +180,21 @@ def test_a_page_continues_behind_what_was_deleted_meanwhile(one: Zones) -> None:
         one.delete(snapshot_id)
     assert [first.snapshot_id, second.snapshot_id] == cut[:2]
     assert [each.snapshot_id for each in one.page(2, token)[0]] == cut[3:]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_what_is_not_cut_yet_is_not_listed_and_ends_no_page(one: Zones, size: int) -> None:
+    source = one.volume().volume_id
+    snapshot = one.cut("s1", source)
+    store = one.storages["a"].server.store
+    (ready,) = store.all(SNAPSHOTS)
+    for number in range(5):
+        name = f"{ready.name[:-1]}{'!' if number < 4 else '~'}{number}"
+        cutting = replace(ready, name=name, uuid=f"{number}{ready.uuid[1:]}", action=CUTTING, created="")
+        store.write(partial(Change.put, table=SNAPSHOTS, key=name, record=cutting))
+        with pytest.raises(SnapshotNotFound):
+            one.get(f"a:{name}:{cutting.uuid}")
+    assert one.listed(size) == [snapshot.snapshot_id]
 
 
 def test_a_list_is_of_one_volume_or_of_one_snapshot(two: Zones) -> None:
