@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from csi_driver.embedded.pool import Pool
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host.reflink import ReflinkedFiles
+from tests.property.test_embedded_content import NAMES, History
 from tests.reflink_pool import EXT4, MIB, fill, in_memory, mounted
 
 pytestmark = pytest.mark.root
@@ -104,3 +106,17 @@ def test_reflinks_are_found_on_a_full_filesystem(tmp_path: Path) -> None:
         pool = Pool(place, reflinks=ReflinkedFiles())
         assert pool.why_no_reflinks == ""
         pool.close()
+
+
+def test_no_history_with_crashes_mixes_up_content_on_real_reflinks(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    with mounted(tmp_path) as place:
+        for number in range(8):
+            directory = place / str(number)
+            directory.mkdir()
+            history = History(directory, ReflinkedFiles())
+            for _ in range(60):
+                crash = chance.choice([None, None, *range(5)])
+                history.step(chance.randrange(10), chance.randrange(NAMES), chance.randrange(NAMES), crash)
+                history.check()
+            history.end()
