@@ -131,9 +131,9 @@ class Volumes:
         return BUILT_IN_GROUPS[item.vpg] if item.vpg else item.layout(), encryption
 
     def finish_creation(self, name: str) -> None:
-        """Set a volume online after its file was created; one made from a source is set by `clones`."""
+        """Set a volume online after its file was created."""
         volume = self.store.get(VOLUMES, name)
-        if volume is None or volume.action != "initializing" or volume.source is not None:
+        if volume is None or volume.action != "initializing":
             return
 
         def online(change: Change) -> None:

@@ -202,6 +202,17 @@ def test_a_source_that_grew_after_the_row_was_written_is_no_longer_copied(manage
     assert only_the_source_is_left(manager)
 
 
+def test_what_was_written_to_the_source_before_it_was_locked_is_accounted_for(
+    tmp_path: Path, loops: FakeLoopDevices, reflinks: Reflinks
+) -> None:
+    with running(settings_in(tmp_path), loops, reflinks=reflinks) as manager:
+        manager.save("source", 2)
+        after_the_row(manager, lambda: write(manager, "source", DATA))
+        assert number(manager.clone("source", "copy", 2)) is None
+    with running(settings_in(tmp_path), loops, reflinks=reflinks) as manager:  # it verifies the account
+        assert read(manager, "copy") == DATA
+
+
 @pytest.mark.parametrize(("refusal", "expected"), [(errno.EIO, None), (errno.ENOSPC, 91005)])
 def test_a_copy_that_fails_is_removed_and_made_by_the_retry(
     manager: Manager, reflinks: FakeReflinks, refusal: int, expected: int | None
