@@ -24,6 +24,7 @@ from csi_driver.controller.volume_metadata import (
     read_creation,
     with_attachments,
 )
+from csi_driver.deadline import SYSTEM_CLOCK
 from csi_driver.errors import (
     CapacityOutOfRange,
     Exhausted,
@@ -88,6 +89,10 @@ class Rig:
         """Make a volume from a volume, by default of any size."""
         asked = RequestedSource(VOLUME, of.volume_id)
         return self.world.create(name, **{"capacity": CapacityRange(), "source": asked, **options})  # type: ignore[arg-type]
+
+    def await_storage(self) -> None:
+        """Let calls wait in real time, for the manager's thread that encrypts."""
+        self.world.clock = SYSTEM_CLOCK  # type: ignore[assignment]
 
     def cut(self, volume: ProvisionedVolume, name: str = "cut") -> RequestedSource:
         """Cut a snapshot of a volume."""
@@ -310,6 +315,7 @@ def test_an_origin_that_another_program_changed_proves_nothing() -> None:
 def test_a_source_and_its_copy_are_encrypted_alike(
     rig: Rig, theirs: Mapping[str, str], own: Mapping[str, str], advice: str
 ) -> None:
+    rig.await_storage()
     source = rig.create(parameters=theirs, secrets=SECRET)
     for kind in SourceKind:
         asked = rig.cut(source) if kind is SNAPSHOT else RequestedSource(VOLUME, source.volume_id)
@@ -321,6 +327,7 @@ def test_a_source_and_its_copy_are_encrypted_alike(
 
 
 def test_the_storage_is_sent_no_passphrase_for_a_copy(rig: Rig) -> None:
+    rig.await_storage()
     source = rig.create(parameters=NATIVE, secrets=SECRET)
     copy = rig.volume(rig.copy(source, parameters=NATIVE))
     assert copy.encryption is not None
@@ -381,6 +388,13 @@ def test_readers_on_two_nodes_share_a_copy(rig: Rig) -> None:
     for number in (1, 2):
         context = rig.world.publish(copy.volume_id, rig.node(number), ROX)
         assert (context.read_only, context.history, context.populated) == (True, History.ATTACHED, True)
+        assert context.private_copy
+
+
+def test_a_writer_of_a_copy_and_readers_of_other_volumes_have_no_private_copy(rig: Rig) -> None:
+    source = rig.create()
+    assert not rig.use(rig.copy(source)).private_copy
+    assert not rig.use(source, capability=ROX).private_copy
 
 
 def test_a_copy_is_attached_although_no_filesystem_could_be_made_on_it(rig: Rig) -> None:
