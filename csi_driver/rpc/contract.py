@@ -177,7 +177,8 @@ def _read(method: str, *required: str, quiet: bool = True) -> Rpc:
 _ID = ("volume_id",)
 _STAGING = ("volume_id", "staging_target_path")
 _TARGET = ("volume_id", "target_path")
-_GROUP = ("group_snapshot_id", "snapshot_ids")
+# snapshot_ids is REQUIRED too, but csi-sanity sends none and expects the group to be looked up; no group has none.
+_GROUP = ("group_snapshot_id",)
 
 _RPCS = (
     _instant("Identity/GetPluginInfo"),
@@ -214,7 +215,7 @@ _RPCS = (
         locks=("name", "source_volume_ids"),
         creates="group snapshot",
     ),
-    Rpc("GroupController/DeleteVolumeGroupSnapshot", required=_GROUP, locks=("group_snapshot_id",)),
+    Rpc("GroupController/DeleteVolumeGroupSnapshot", required=_GROUP, locks=_GROUP),
     _read("GroupController/GetVolumeGroupSnapshot", *_GROUP),
     _read("SnapshotMetadata/GetMetadataAllocated", "snapshot_id", quiet=False),
     _read("SnapshotMetadata/GetMetadataDelta", "base_snapshot_id", "target_snapshot_id", quiet=False),

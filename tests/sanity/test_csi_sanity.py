@@ -32,8 +32,10 @@ ATTACH_LIMIT = 4
 
 _CREATE = "Controller Service [Controller Server] CreateVolume should"
 
+GROUPS = {"GROUP_CONTROLLER_SERVICE": ("GroupController Service ",)}
+"""The suite asks the endpoint of the node for this capability, which has no connection to the storage that decides."""
+
 NEVER_OFFERED: dict[str, tuple[str, ...]] = {
-    "GROUP_CONTROLLER_SERVICE": ("GroupController Service ",),
     "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS": (
         "CreateSnapshot [Controller Server] should succeed when creating a snapshot with accessibility requirements",
     ),
@@ -53,6 +55,7 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         f"{_CREATE} create volume from an existing source volume",
         f"{_CREATE} fail when the volume source volume is not found",
     ),
+    **GROUPS,
     **NEVER_OFFERED,
 }
 """The same for a driver whose pool has no reflinks."""
@@ -159,18 +162,26 @@ REFLINKS = pytest.mark.parametrize("sanity_rig", [(XFS,)], indirect=True, ids=["
 @pytest.mark.parametrize("access", ["mount", "block"])
 def test_the_suite_passes_and_leaves_nothing(csi_sanity: str, sanity_rig: Rig, access: str) -> None:
     report = run(csi_sanity, sanity_rig, f"--csi.testvolumeaccesstype={access}")
-    assert_all_that_apply_pass(report, not_offered=NEVER_OFFERED, least=94)
+    assert_all_that_apply_pass(report, not_offered=GROUPS | NEVER_OFFERED, least=94)
     assert loops_over(sanity_rig.directory) == []
     assert mounts_below(sanity_rig.directory) == []
     assert list(sanity_rig.controller.volumes()) == []
     assert _files(sanity_rig) == []
 
 
+@REFLINKS
+def test_groups_pass_at_the_endpoint_of_the_controller(csi_sanity: str, sanity_rig: Rig) -> None:
+    endpoint = f"--csi.endpoint=unix://{sanity_rig.directory}/controller.sock"
+    report = run(csi_sanity, sanity_rig, endpoint, "--ginkgo.focus=GroupController")
+    assert not report.failed, report.output[-20000:]
+    assert report.passed == report.of(GROUPS) != set()
+
+
 @pytest.mark.parametrize("sanity_rig", [(BTRFS,)], indirect=True, ids=["btrfs"])
-def test_snapshots_and_groups_pass_on_btrfs(csi_sanity: str, sanity_rig: Rig) -> None:
+def test_snapshots_and_clones_pass_on_btrfs(csi_sanity: str, sanity_rig: Rig) -> None:
     report = run(csi_sanity, sanity_rig, "--ginkgo.focus=Snapshot|source")
     assert not report.failed, report.output[-20000:]
-    assert report.passed >= report.of(NOT_OFFERED) - report.of(NEVER_OFFERED)
+    assert report.passed >= report.of(NOT_OFFERED) - report.of(GROUPS | NEVER_OFFERED)
     assert _files(sanity_rig) == []
 
 
