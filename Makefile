@@ -86,16 +86,16 @@ test-kubernetes: $(VENV)/test ## as root: the cluster tests and the official sui
 	@tests/kubernetes/run
 
 .PHONY: bench
-bench: $(VENV)/test debian-packages ## as root: measure the cost of calls beside a shell script, aims and history (8 min)
+bench: $(VENV)/test debian-packages ## as root: measure the cost of calls beside a shell script, aims and history (10 min)
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 .PHONY: bench-record
-bench-record: $(VENV)/test debian-packages ## the same, and add its figures to tests/bench/history.jsonl and docs/performance.md (8 min)
+bench-record: $(VENV)/test debian-packages ## the same, and add its figures to tests/bench/history.jsonl and docs/performance.md (10 min)
 	@$(BIN)/python -m tests.bench --record $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.document
 
 .PHONY: bench-document
-bench-document: $(VENV)/test ## generate docs/scale.svg and the tables of docs/performance.md from that history (1 s)
+bench-document: $(VENV)/test ## generate the drawings and tables of docs/ from that history (1 s)
 	@$(BIN)/python -m tests.bench.document
 
 .PHONY: sanity-repeat

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import grpc
 
 from csi_driver.deadline import Deadline
 from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, ListedVolume, MountAccess, ProvisionedVolume
 from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.client import CsiClient as Connection
 from csi_driver.rpc.pb import csi_pb2 as pb
+from csi_driver.rpc.pb import csi_pb2_grpc as stubs
 
 FILESYSTEM = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)
 
@@ -20,6 +24,27 @@ _PROBE_TIMEOUT_S = 5.0
 
 class CsiClient(Connection):
     """Calls one CSI endpoint. A call that does not end with OK raises `CallFailed`."""
+
+    def allocated(self, snapshot_id: str) -> list[tuple[int, int]]:
+        """GetMetadataAllocated: offset and length of all data."""
+        request = pb.GetMetadataAllocatedRequest(snapshot_id=snapshot_id)
+        return self._ranges(stubs.SnapshotMetadataStub(self._channel).GetMetadataAllocated, request)
+
+    def changed(self, base_id: str, target_id: str) -> list[tuple[int, int]]:
+        """GetMetadataDelta: offset and length of all changes."""
+        request = pb.GetMetadataDeltaRequest(base_snapshot_id=base_id, target_snapshot_id=target_id)
+        return self._ranges(stubs.SnapshotMetadataStub(self._channel).GetMetadataDelta, request)
+
+    def _ranges(self, method: Any, request: object) -> list[tuple[int, int]]:
+        try:
+            answers = method(request, timeout=self.timeout_s)
+            return [(each.byte_offset, each.size_bytes) for answer in answers for each in answer.block_metadata]
+        except grpc.RpcError as error:
+            raise CallFailed(type(request).__name__, error.code().name, error.details() or "") from error
+
+    @property
+    def groups(self) -> stubs.GroupControllerStub:
+        return stubs.GroupControllerStub(self._channel)
 
     def wait_ready(self, deadline: Deadline, *, give_up: Callable[[], bool] = lambda: False) -> str | None:
         """Probe until the endpoint is ready: None; or, once time is up or `give_up()`, the last reason why not."""
@@ -44,8 +69,10 @@ class CsiClient(Connection):
         parameters: Mapping[str, str] = EMPTY,
         secrets: Mapping[str, str] = EMPTY,
         requisite: Sequence[Mapping[str, str]] = (),
+        snapshot: str = "",
+        source: str = "",
     ) -> ProvisionedVolume:
-        """CreateVolume."""
+        """CreateVolume; from a snapshot or another volume, by their ids."""
         request = pb.CreateVolumeRequest(
             name=name,
             volume_capabilities=[capability_message(each) for each in capabilities],
@@ -56,11 +83,47 @@ class CsiClient(Connection):
             request.capacity_range.CopyFrom(_range(required_bytes, limit_bytes))
         for segments in requisite:
             request.accessibility_requirements.requisite.add(segments=dict(segments))
+        if snapshot:
+            request.volume_content_source.snapshot.snapshot_id = snapshot
+        elif source:
+            request.volume_content_source.volume.volume_id = source
         return _volume(self.call(self.controller.CreateVolume, request).volume)
 
     def delete_volume(self, volume_id: str) -> None:
         """DeleteVolume."""
         self.call(self.controller.DeleteVolume, pb.DeleteVolumeRequest(volume_id=volume_id))
+
+    def cut(self, name: str, volume_id: str) -> pb.Snapshot:
+        """CreateSnapshot."""
+        request = pb.CreateSnapshotRequest(name=name, source_volume_id=volume_id)
+        return self.call(self.controller.CreateSnapshot, request).snapshot
+
+    def delete_snapshot(self, snapshot_id: str) -> None:
+        """DeleteSnapshot."""
+        self.call(self.controller.DeleteSnapshot, pb.DeleteSnapshotRequest(snapshot_id=snapshot_id))
+
+    def snapshots(self, *, page: int = 0) -> Iterator[pb.Snapshot]:
+        """ListSnapshots to the end, `page` entries at a time (0: as many as the server gives)."""
+        token = ""
+        while True:
+            request = pb.ListSnapshotsRequest(max_entries=page, starting_token=token)
+            answer = self.call(self.controller.ListSnapshots, request)
+            yield from (entry.snapshot for entry in answer.entries)
+            token = answer.next_token
+            if not token:
+                return
+
+    def cut_group(self, name: str, volume_ids: Sequence[str]) -> pb.VolumeGroupSnapshot:
+        """CreateVolumeGroupSnapshot."""
+        request = pb.CreateVolumeGroupSnapshotRequest(name=name, source_volume_ids=volume_ids)
+        return self.call(self.groups.CreateVolumeGroupSnapshot, request).group_snapshot
+
+    def delete_group(self, group: pb.VolumeGroupSnapshot) -> None:
+        """DeleteVolumeGroupSnapshot."""
+        request = pb.DeleteVolumeGroupSnapshotRequest(
+            group_snapshot_id=group.group_snapshot_id, snapshot_ids=[each.snapshot_id for each in group.snapshots]
+        )
+        self.call(self.groups.DeleteVolumeGroupSnapshot, request)
 
     def attach(
         self,

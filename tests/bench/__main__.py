@@ -25,6 +25,7 @@ from tests.bench.rate import measure_create_rate
 from tests.bench.report import Report, print_comparison
 from tests.bench.scale import measure_scale
 from tests.bench.scan import measure_scan
+from tests.bench.snapshots import measure_snapshot_scale, measure_snapshots
 from tests.bench.stack import Stack, release, running_stack
 from tests.bench.storm import measure_storm
 
@@ -49,8 +50,17 @@ ALONE: dict[str, Callable[[Run], None]] = {
         run.directory, run.report, *((3, (100, 10, 10)) if run.quick else (20, (10_000, 500, 2000)))
     ),
     "scan": lambda run: measure_scan(run.directory, run.report, (64 << 20) if run.quick else (4 << 30)),
+    "snapshots": lambda run: measure_snapshots(
+        run.directory, run.report, *((1, (1, 100), 64) if run.quick else (3, (1, 1000, 10_000, 50_000, 100_000), 2048))
+    ),
+    "snapshot-scale": lambda run: measure_snapshot_scale(
+        run.directory, run.report, *((20, 50, 10) if run.quick else (512, 5000, 100))
+    ),
 }
 """The parts that start what they need."""
+
+CURVES = ("scale", "snapshots")
+"""The parts whose curves are recorded alone."""
 
 ON_STACK: dict[str, Callable[[Stack, Run], None]] = {
     "memory": lambda stack, run: measure_memory(
@@ -89,7 +99,7 @@ def main() -> int:
         "--only",
         action="append",
         choices=(*ALONE, *ON_STACK),
-        help="measure only this part; repeatable (default: all but scale and data)",
+        help="measure only this part; repeatable (default: all but scale, snapshot-scale and data)",
     )
     parser.add_argument("--peer", help="unix:///PATH of another CSI driver, measured beside this one")
     parser.add_argument("--directory", default="/tmp", help="where pool and state lie, e.g. on a drive of its own")
@@ -97,21 +107,22 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help=f"append the figures to {history.HISTORY.name}")
     parser.add_argument("--strict", action="store_true", help="exit status 1 when a figure is worse than recorded")
     options = parser.parse_args()
-    if options.record and (options.quick or options.only not in (None, ["scale"])):
-        parser.error("--record needs a whole run, or --only scale: leave out --quick and other parts")
+    if options.record and (options.quick or options.only not in (None, *([part] for part in CURVES))):
+        parser.error(f"--record needs a whole run, or --only {' or '.join(CURVES)}: leave out --quick and other parts")
     directory = Path(tempfile.mkdtemp(prefix="csi-bench-", dir=options.directory))
     peer = Path(options.peer.removeprefix("unix://")) if options.peer else None
     run = Run(directory, Report(), options.quick, peer, options.drive)
     machine = history.this_machine(directory)
     print(f"Machine: {machine}")
     try:
-        measure(run, set(options.only or (ALONE.keys() | ON_STACK.keys()) - {"scale", "data"}))
+        measure(run, set(options.only or (ALONE.keys() | ON_STACK.keys()) - {"scale", "snapshot-scale", "data"}))
     finally:
         release(directory)
         shutil.rmtree(directory)
-    entry = history.new_entry(machine, run.report.figures, run.report.curves)
+    figures = run.report.figures
+    entry = history.new_entry(machine, {} if options.only else figures, run.report.curves)
     before = history.latest_figures(history.read(history.HISTORY), machine)
-    are_worse = print_comparison(list(compare(entry.figures, before)))
+    are_worse = print_comparison(list(compare(figures, before)))
     if options.record:
         history.append(history.HISTORY, entry)
     return 1 if options.strict and are_worse else 0

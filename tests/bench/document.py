@@ -1,18 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/scale.svg and the tables of docs/performance.md from the recorded runs: `make bench-document`."""
+"""Write the drawings and tables of docs/ from the recorded runs: `make bench-document`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.aims import FIGURES
 from tests.bench.history import HISTORY, Curves, Entry, read
 from tests.bench.plot import drawing, series_of
-from tests.bench.scale import GROUPS
+from tests.bench.scale import GROUPS as SCALE
+from tests.bench.snapshots import GROUPS as SNAPSHOTS
 
 DOCS = Path(__file__).parents[2] / "docs"
-PLOT, DOCUMENT = DOCS / "scale.svg", DOCS / "performance.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A document, and the drawing of the curves with these groups."""
+
+    document: Path
+    plot: Path
+    groups: Sequence[str]
+
+    def curves(self, entries: Sequence[Entry]) -> Curves:
+        """Return the newest recorded ones."""
+        found = ({grows: each for grows, each in entry.curves.items() if self._has(each)} for entry in entries[::-1])
+        return next(curves for curves in found if curves)
+
+    def _has(self, series: Mapping[str, object]) -> bool:
+        return any(name.startswith(f"{group}: ") for group in self.groups for name in series)
+
+    def drawn(self, entries: Sequence[Entry]) -> str:
+        return drawing(self.curves(entries), self.groups)
+
+    def written(self, entries: Sequence[Entry]) -> str:
+        """Return the document with its generated parts written anew."""
+        tables = {"figures": figures_tables(entries), "curves": curves_tables(self.curves(entries), self.groups)}
+        return with_tables(self.document.read_text(), tables)
+
+
+PAGES = (
+    Page(DOCS / "performance.md", DOCS / "scale.svg", SCALE),
+    Page(DOCS / "snapshots.md", DOCS / "snapshots.svg", SNAPSHOTS),
+)
 
 
 def figures_tables(entries: Sequence[Entry]) -> str:
@@ -39,13 +71,13 @@ def figures_tables(entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-def curves_tables(curves: Curves) -> str:
+def curves_tables(curves: Curves, groups: Sequence[str]) -> str:
     """Return the tables behind the drawing."""
     lines: list[str] = []
     for grows, series in curves.items():
         counts = [count for count, _ in next(iter(series.values()))]
         lines += [f"| {grows} | {' | '.join(f'{count:,}' for count in counts)} |", "|---|" + "---|" * len(counts)]
-        for group in GROUPS:
+        for group in groups:
             for name, points in series_of(series, group).items():
                 lines.append(f"| {name}: {group} | {' | '.join(_shown(value) for _, value in points)} |")
         lines.append("")
@@ -57,20 +89,21 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def with_tables(text: str, entries: Sequence[Entry]) -> str:
-    """Return the document with its generated parts written anew."""
-    curves = next(entry.curves for entry in reversed(entries) if entry.curves)
-    for name, table in (("figures", figures_tables(entries)), ("curves", curves_tables(curves))):
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """Return a document with those of these tables that it has written anew."""
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: make bench-document -->\n", f"<!-- end of {name} -->\n"
-        before, _, after = text.partition(begin)
-        text = before + begin + "\n" + table.rstrip("\n") + "\n\n" + end + after.partition(end)[2]
+        before, found, after = text.partition(begin)
+        if found:
+            text = before + begin + "\n" + table.rstrip("\n") + "\n\n" + end + after.partition(end)[2]
     return text
 
 
 def main() -> None:
     entries = read(HISTORY)
-    PLOT.write_text(drawing(next(entry.curves for entry in reversed(entries) if entry.curves)))
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), entries))
+    for page in PAGES:
+        page.plot.write_text(page.drawn(entries))
+        page.document.write_text(page.written(entries))
 
 
 if __name__ == "__main__":

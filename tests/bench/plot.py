@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the curves of a run of `--only scale` as SVG.
+"""Draw the curves of a run as SVG.
 
 Each column is what grows, each row a group of series; both axes of a row of times are logarithmic.
 """
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from tests.bench.history import Curves
-from tests.bench.scale import GROUPS
 
 WIDTH, HEIGHT, LEFT, TOP, LEGEND = 250, 170, 60, 30, 230
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
@@ -18,9 +17,9 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 Points = Sequence[Sequence[float]]
 
 
-def drawing(curves: Curves) -> str:
-    """Return the drawing of all curves."""
-    width, height = LEFT + len(curves) * (WIDTH + LEFT) + LEGEND, len(GROUPS) * (HEIGHT + 2 * TOP)
+def drawing(curves: Curves, groups: Sequence[str]) -> str:
+    """Return the drawing of all curves, a row for each of the groups that the series belong to."""
+    width, height = LEFT + len(curves) * (WIDTH + LEFT) + LEGEND, len(groups) * (HEIGHT + 2 * TOP)
     parts = [
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
@@ -28,14 +27,15 @@ def drawing(curves: Curves) -> str:
         ),
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for row, group in enumerate(GROUPS):
+    for row, group in enumerate(groups):
         names = list(series_of(next(iter(curves.values())), group))
         values = [
             value for each in curves.values() for points in series_of(each, group).values() for _, value in points
         ]
         for column, (grows, series) in enumerate(curves.items()):
             x, y = LEFT + column * (WIDTH + LEFT), TOP + row * (HEIGHT + 2 * TOP)
-            parts += _panel(x, y, (group, grows), series_of(series, group), max(values), min(values))
+            if shown := series_of(series, group):
+                parts += _panel(x, y, (group, grows), shown, max(values), min(values))
         for number, name in enumerate(names):
             x, y = LEFT + len(curves) * (WIDTH + LEFT), TOP + row * (HEIGHT + 2 * TOP) + 10 + 15 * number
             parts.append(f'<text x="{x}" y="{y}" fill="{COLORS[number]}">&#9632; {name}</text>')

@@ -53,7 +53,9 @@ def _created(controller: CsiClient, prefix: str, count: int, at_once: int) -> Ti
 
 
 @contextlib.contextmanager
-def controller_over(directory: Path, zones: int) -> Iterator[tuple[CsiClient, list[SlowServer]]]:
+def controller_over(
+    directory: Path, zones: int, delay_s: float = DELAY_S
+) -> Iterator[tuple[CsiClient, list[SlowServer]]]:
     """Run a controller over so many slow storage managers, each a zone."""
     directory.mkdir()
     with contextlib.ExitStack() as stack:
@@ -67,7 +69,7 @@ def controller_over(directory: Path, zones: int) -> Iterator[tuple[CsiClient, li
             port = int(listener.getsockname()[1])
             stack.enter_context(_role("storage", *_storage_flags(directory, pool, listener), inherit=[listener]))
             _wait_for_port(port)
-            server = stack.enter_context(slow_server(port, DELAY_S))
+            server = stack.enter_context(slow_server(port, delay_s))
             servers.append(server)
             described.append(
                 f"  zone-{number}: {{servers: 'http://127.0.0.1:{server.port}', user: admin@nvidia.com,"

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
+import pytest
+
 from tests.bench import document, plot
 from tests.bench.history import HISTORY, Entry, Machine, read
 from tests.bench.scale import GROUPS
@@ -16,7 +18,7 @@ CURVES = {
 
 
 def elements(tag: str) -> list[ET.Element]:
-    return list(ET.fromstring(plot.drawing(CURVES)).iter(f"{{http://www.w3.org/2000/svg}}{tag}"))
+    return list(ET.fromstring(plot.drawing(CURVES, GROUPS)).iter(f"{{http://www.w3.org/2000/svg}}{tag}"))
 
 
 def test_each_series_of_each_panel_is_a_line_with_its_points() -> None:
@@ -25,7 +27,7 @@ def test_each_series_of_each_panel_is_a_line_with_its_points() -> None:
 
 
 def test_every_point_lies_in_the_drawing() -> None:
-    _, _, width, height = map(float, ET.fromstring(plot.drawing(CURVES)).attrib["viewBox"].split())
+    _, _, width, height = map(float, ET.fromstring(plot.drawing(CURVES, GROUPS)).attrib["viewBox"].split())
     assert all(0 < float(each.attrib["cx"]) < width and 0 < float(each.attrib["cy"]) < height
                for each in elements("circle"))  # fmt: skip
 
@@ -36,7 +38,7 @@ def test_a_larger_value_is_drawn_higher() -> None:
 
 
 def test_the_table_has_a_row_for_each_series_and_a_column_for_each_count() -> None:
-    head, _, first, second, *_ = document.curves_tables(CURVES).splitlines()
+    head, _, first, second, *_ = document.curves_tables(CURVES, GROUPS).splitlines()
     assert head == "| volumes | 10 | 1,000 |"
     assert [first, second] == [f"| a: {GROUPS[0]} | 1 | 1.5 |", f"| b: {GROUPS[0]} | 1 | 500 |"]
 
@@ -56,8 +58,8 @@ def test_a_table_for_each_kind_of_machine_compares_its_first_and_its_last_run() 
     ]
 
 
-def test_the_drawing_and_the_tables_are_those_of_the_history() -> None:
+@pytest.mark.parametrize("page", document.PAGES, ids=lambda page: page.document.name)
+def test_the_drawing_and_the_tables_are_those_of_the_history(page: document.Page) -> None:
     entries = read(HISTORY)
-    curves = next(entry.curves for entry in reversed(entries) if entry.curves)
-    assert document.PLOT.read_text() == plot.drawing(curves)
-    assert document.DOCUMENT.read_text() == document.with_tables(document.DOCUMENT.read_text(), entries)
+    assert page.plot.read_text() == page.drawn(entries)
+    assert page.document.read_text() == page.written(entries)
