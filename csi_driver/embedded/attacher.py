@@ -127,12 +127,14 @@ class Attacher:
     def _remove_stale_copies(self) -> None:
         """Remove the readers' copies without a device: a crash left them."""
         used = {device.file.name for device in self.loops.bound_to(self.pool.private)}
-        try:
-            for file in self.pool.private_files():
-                if file.name not in used:
-                    self.pool.remove_private(file)
-        except HostFailure as problem:
-            _log.warning("copies of readers without a device are left until the next start: %s", problem)
+        self._remove_copies(file for file in self.pool.private_files() if file.name not in used)
+
+    def _remove_copies(self, files: Iterable[Path]) -> None:
+        for file in files:
+            try:
+                self.pool.remove_private(file)
+            except HostFailure as problem:
+                _log.warning("a reader's copy without a device is left until the next attachment or start: %s", problem)
 
     def _remove_stale_nodes(self) -> None:
         directories = DeviceDirectories(self.store, self._nodes)
@@ -284,7 +286,7 @@ class Attacher:
             self._secure_file(volume)
             file = self.pool.file(wanted.uuid)
             if private:
-                # Nobody writes to the volume now. An earlier copy, of a crash, has no device.
+                # Nobody writes to the volume now. A copy that is left over has no device and is replaced.
                 copy = self._copy_of(wanted.uuid, wanted.client)
                 self.pool.reflink(file, copy, volume.bytes)
                 file = copy
@@ -422,9 +424,9 @@ class Attacher:
     def _unbind(self, pair: Pair, device: LoopDevice, volume_name: str | None) -> bool:
         if not self.loops.detach(device):
             return False
-        if _is_private(device):
-            self.pool.remove_private(self._copy_of(pair[1], pair[0]))
         del self.devices[pair]
+        if _is_private(device):
+            self._remove_copies([self._copy_of(pair[1], pair[0])])
         if volume_name is not None:
             self._hide(pair[0], volume_name)
         else:

@@ -19,7 +19,6 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NotFreezable
 from csi_driver.host.block_devices import node_number
-from csi_driver.host.connectors import device_mapper
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.freeze import Freezer, _Mounted
 from csi_driver.host.syscalls import closing
@@ -299,7 +298,7 @@ def test_a_filesystem_that_is_mounted_meanwhile_is_found(machine: Machine) -> No
             end()
 
 
-@pytest.mark.skipif(bool(device_mapper.why_unusable()), reason="the kernel has no device-mapper")
+@pytest.mark.device_mapper
 def test_a_filesystem_over_the_device_mapper_is_frozen(machine: Machine) -> None:
     file = machine.volume("a")
     place = machine.mount("a", device=machine.mapped("a"))

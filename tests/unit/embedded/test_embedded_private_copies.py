@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from csi_driver.errors import SystemCallFailed
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_reflinks import FakeReflinks
@@ -111,6 +113,21 @@ def test_copies_are_found_again_and_left_over_ones_removed(tmp_path: Path, loops
         assert (loops.bound, copies(manager)) == (before, [used])
         manager.detach("copy")
         assert (loops.bound, copies(manager)) == ({}, [])
+
+
+def test_a_copy_that_could_not_be_removed_is_replaced(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager.attach("copy", mode=READER)
+    copies(manager)[0].write_bytes(b"replayed")
+    with monkeypatch.context() as broken:
+        broken.setattr(manager.server.pool, "remove_private", refuse)
+        assert manager.detach("copy")["success"]
+    assert (manager.attachment("copy"), len(copies(manager))) == (None, 1)
+    manager.attach("copy", mode=READER)
+    assert content(copies(manager)[0]) == b"precious"
+
+
+def refuse(file: Path) -> None:
+    raise SystemCallFailed(f"remove {file}", errno.EIO)
 
 
 def test_a_copy_is_made_again_after_a_reboot(tmp_path: Path, loops: FakeLoopDevices) -> None:
