@@ -166,15 +166,19 @@ class Pool:
     def _make(self, path: Path, size_bytes: int, *, synced: bool = False) -> None:
         with _named(f"make {path} of {size_bytes} bytes"):
             with _opened(path, os.O_CREAT | os.O_RDWR) as descriptor:
-                if os.fstat(descriptor).st_size < size_bytes:
-                    if self._preallocate:
-                        os.posix_fallocate(descriptor, 0, size_bytes)
-                    else:
-                        os.ftruncate(descriptor, size_bytes)
+                self._extend(descriptor, size_bytes)
                 if synced:
                     os.fsync(descriptor)
             if synced:
                 self._syncs[self.volumes].sync()
+
+    def _extend(self, descriptor: int, size_bytes: int) -> None:
+        if os.fstat(descriptor).st_size >= size_bytes:
+            return
+        if self._preallocate:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+        else:
+            os.ftruncate(descriptor, size_bytes)
 
     def remove(self, identity: str) -> None:
         """Remove the file; a missing one is success."""
@@ -241,8 +245,7 @@ class Pool:
         with _named(f"reflink to {target}"):
             with _removed_on_failure(temporary):
                 with _opened(temporary, os.O_RDWR) as made:
-                    if os.fstat(made).st_size < size_bytes:
-                        os.ftruncate(made, size_bytes)
+                    self._extend(made, size_bytes)
                     os.fchmod(made, mode)
                     os.fsync(made)
                     occupied_bytes = os.fstat(made).st_blocks * 512

@@ -15,6 +15,8 @@ import pytest
 
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.model import RequestedSource
+from csi_driver.storage_model import SourceKind
 from csi_driver.telemetry.metrics import ManagementMetrics
 from tests.contract.two_managements import embedded_storage
 from tests.unit.controller.world import NODE_1, World
@@ -37,6 +39,15 @@ class Life:
 
     def create(self) -> int:
         return self._counted(self._create)
+
+    def copy(self, kind: SourceKind) -> int:
+        """Make a volume from the volume, or from a snapshot of it, which is not counted."""
+        source_id = self._volume_id
+        if kind is SourceKind.SNAPSHOT:
+            deadline = self._world.deadline()
+            source_id = self._world.snapshots.create("cut", source_id, {}, deadline=deadline).snapshot_id
+        source = RequestedSource(kind, source_id)
+        return self._counted(lambda: self._world.create(f"copy of a {kind}", source=source))
 
     def publish(self) -> int:
         return self._counted(lambda: self._world.publish(self._volume_id, self._node_id))
@@ -100,3 +111,13 @@ def test_each_call_sends_as_many_requests(
             "delete": life.delete(),
         }
     assert sent == expected
+
+
+def test_a_copy_costs_as_many_requests(tmp_path: Path) -> None:
+    with on_the_embedded_manager(tmp_path) as life:
+        life.create()
+        sent = {kind.value: life.copy(kind) for kind in SourceKind}
+        again = {kind.value: life.copy(kind) for kind in SourceKind}
+    # The volume, what the zone offers (once), the source, the copy; then a volume's history, to be kept.
+    assert sent == {"snapshot": 3, "volume": 5}
+    assert again == {"snapshot": 1, "volume": 1}

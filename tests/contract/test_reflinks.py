@@ -108,6 +108,16 @@ def test_reflinks_are_found_on_a_full_filesystem(tmp_path: Path) -> None:
         pool.close()
 
 
+def test_a_larger_reflink_is_preallocated_where_volumes_are(tmp_path: Path) -> None:
+    with mounted(tmp_path) as place:
+        pool = Pool(place, preallocate=True, reflinks=ReflinkedFiles())
+        pool.make(IDENTITY, 10 * MIB)
+        target = pool.snapshot_file(IDENTITY)
+        pool.reflink(pool.file(IDENTITY), target, 30 * MIB)
+        assert pool.occupied_bytes(target) == 30 * MIB
+        pool.close()
+
+
 def test_no_history_with_crashes_mixes_up_content_on_real_reflinks(tmp_path: Path) -> None:
     chance = random.Random(1)
     with mounted(tmp_path) as place:

@@ -171,3 +171,21 @@ def test_a_filesystem_counts_bytes_and_inodes() -> None:
 
 def test_a_block_volume_counts_bytes_alone() -> None:
     assert [u.unit for u in wire.usage_to(Usage(100)).usage] == [csi_pb2.VolumeUsage.BYTES]
+
+
+def test_each_volume_of_a_list_has_its_own_source_or_none() -> None:
+    topology = ({"zone": "z"},)
+    sources = (
+        RequestedSource(SourceKind.SNAPSHOT, "z:s:1"),
+        None,
+        RequestedSource(SourceKind.VOLUME, "z:v:1"),
+    )
+    page = wire.VolumeList()
+    for number, source in enumerate(sources):
+        volume = ProvisionedVolume(f"z:{number}", 1, {}, topology, source)
+        assert page.add(ListedVolume(volume, ())) == page.response.entries[-1].ByteSize()
+        assert page.response.entries[-1].volume == wire.volume_to(volume)
+    first, second, third = (entry.volume for entry in page.response.entries)
+    assert first.content_source.snapshot.snapshot_id == "z:s:1"
+    assert not second.HasField("content_source")
+    assert third.content_source.volume.volume_id == "z:v:1"
