@@ -327,7 +327,7 @@ def _greet(supervisor: Supervisor) -> None:
     _say(f"ready in {paths.directory}")
     _say(f"  controller: unix://{controller}")
     _say(f"  node:       unix://{node}")
-    _say(f"  storage:    http://{_LOOPBACK}:{port} (/openapi.json after a login), password in {paths.password}")
+    _say(f"  storage:    http://{_LOOPBACK}:{port}, password in {paths.password}")
     _say(f"  devices:    {paths.devices}")
     for role in Role:
         _say(f"  {role:<11} process {supervisor.pid(role)}, log {paths.logs[role]}")
