@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from uuid import UUID, uuid5
 
 from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
 from csi_driver.node.usage_records import RAW, USED, UsageRecord
@@ -88,6 +89,17 @@ class Evidence:
     populated: bool = False
     inherited_uuids: Sequence[str] = ()
     private_copy: bool = False
+
+    @property
+    def mount_uuid(self) -> str | None:
+        """UUID with which a btrfs is mounted: each private copy has one of its own.
+
+        Before Linux 6.7 the kernel remembers an earlier copy on the node that udev showed it, and takes none with its
+        UUID and an earlier generation.
+        """
+        if self.own_uuid is None or not self.private_copy:
+            return self.own_uuid
+        return str(uuid5(UUID(self.own_uuid), f"attachment {self.attachment}"))
 
     @property
     def own_record(self) -> str:
@@ -189,19 +201,23 @@ def _decide_filesystem(
         return Refuse(f"holds {held}; expected {asked.fs_type}{_way_out(evidence)}")
     if held not in supported:
         return Refuse(f"holds {held}; expected one of {', '.join(supported)}{_way_out(evidence)}")
-    if evidence.is_only_ours and content.uuid not in (evidence.own_uuid, *evidence.inherited_uuids):
+    if evidence.is_only_ours and content.uuid not in (
+        evidence.own_uuid,
+        evidence.mount_uuid,
+        *evidence.inherited_uuids,
+    ):
         return Refuse(
             f"holds {_describe(content)}, which was not made for it (UUID mismatch: leftover filesystem of another "
             f"volume); to use it, set its UUID to {evidence.own_uuid}{_way_out(evidence)}"
         )
-    if held != _ONE_FOR_EACH_UUID or not evidence.populated or content.uuid == evidence.own_uuid:
+    if held != _ONE_FOR_EACH_UUID or not evidence.populated or content.uuid == evidence.mount_uuid:
         return Use(held, content.is_ready)
     if asked.read_only and not evidence.private_copy:
         return Refuse(
             f"holds {_describe(content)}, as its source may, and Linux cannot use both; stage it writable once: that "
             "gives it a UUID of its own"
         )
-    return Use(held, content.is_ready, evidence.own_uuid or "")
+    return Use(held, content.is_ready, evidence.mount_uuid or "")
 
 
 def _way_out(evidence: Evidence) -> str:

@@ -71,16 +71,16 @@ class Copies:
         write_file(staged / "data", DATA)
         return source
 
-    def cut(self, source: Volume, name: str = "csi-copy", size_bytes: int = 0) -> Volume:
+    def cut(self, source: Volume, name: str = "csi-copy", size_bytes: int = 0, identity: str = "") -> Volume:
         """Attach a copy of the source as it is at this moment."""
         file = self.machine.directory / f"{name}.{len(list(self.machine.directory.iterdir()))}.img"
         reflink(source.file, file)
-        return self.attach(file, name, size_bytes)
+        return self.attach(file, name, size_bytes, identity)
 
-    def attach(self, file: Path, name: str, size_bytes: int = 0) -> Volume:
+    def attach(self, file: Path, name: str, size_bytes: int = 0, identity: str = "") -> Volume:
         if size_bytes:
             os.truncate(file, size_bytes)
-        identity = str(uuid.uuid4())
+        identity = identity or str(uuid.uuid4())
         loop = self.machine.loops.attach(
             file, self.machine.device_root / name, label=f"{identity}/test", read_only=False
         )
@@ -200,6 +200,23 @@ def test_a_private_copy_is_mounted_read_only_with_its_log_replayed(copies: Copie
     copies.node.unpublish(copy)
     copies.node.unstage(copy)
     shell(*SOUND[fs_type], str(copy.loop.node))
+
+
+@FILESYSTEMS
+def test_a_private_copy_that_is_made_again_is_mounted_also_on_another_device(copies: Copies, fs_type: str) -> None:
+    """The kernel remembers the former one, as udev shows it, with a higher generation after its log was replayed."""
+    source = copies.used_source(fs_type)
+    first = copies.cut(source)
+    copies.stage(first, source, fs_type, private=True)
+    copies.node.unstage(first)
+    if fs_type == "btrfs":
+        shell("btrfs", "device", "scan", str(first.loop.node))
+    kept = copies.cut(source, "csi-kept")
+    copies.detach(first)
+    copies.cut(kept, "csi-takes-its-number")
+    again = copies.cut(kept, "csi-copy", identity=first.uuid)
+    assert again.loop.device_number != first.loop.device_number
+    assert (copies.stage(again, source, fs_type, private=True) / "data").read_bytes() == DATA
 
 
 @FILESYSTEMS

@@ -85,7 +85,22 @@ def test_reading_changes_no_uuid_but_that_of_a_private_copy() -> None:
     refusal = verdict_of(content, READING, copied())
     assert isinstance(refusal, Refuse)
     assert (SOURCE[1] in refusal.reason, "stage it writable once" in refusal.reason) == (True, True)
-    assert verdict_of(content, READING, copied(private=True)) == Use("btrfs", new_uuid=COPY[1])
+    verdict = verdict_of(content, READING, copied(private=True))
+    assert isinstance(verdict, Use)
+    assert verdict.new_uuid
+
+
+def test_each_private_copy_has_a_uuid_of_its_own() -> None:
+    """And keeps it. It inherits the volume's own uuid as well."""
+    found = []
+    for attachment in (1, 2):
+        evidence = replace(copied(private=True), attachment=attachment)
+        first, second = (verdict_of(Filesystem("btrfs", uuid), READING, evidence) for uuid in (COPY[1], SOURCE[1]))
+        assert isinstance(first, Use)
+        assert first == second
+        assert verdict_of(Filesystem("btrfs", first.new_uuid), READING, evidence) == Use("btrfs")
+        found.append(first.new_uuid)
+    assert len({*found, COPY[1], SOURCE[1]}) == 4
 
 
 def test_no_evidence_of_a_copy_lets_content_be_formatted() -> None:
