@@ -24,6 +24,7 @@ from csi_driver.model import (
     AccessMode,
     Capability,
     CapacityRange,
+    CutGroup,
     CutSnapshot,
     MountAccess,
     ProvisionedVolume,
@@ -82,6 +83,15 @@ class Zones:
 
     def cut(self, name: str, volume_id: str, parameters: Mapping[str, str] = EMPTY) -> CutSnapshot:
         return self.snapshots.create(name, volume_id, parameters, deadline=self.deadline())
+
+    def cut_group(self, name: str, *volume_ids: str) -> CutGroup:
+        return self.groups.create(name, volume_ids, {}, deadline=self.deadline())
+
+    def get_group(self, group_id: str, *snapshot_ids: str) -> CutGroup:
+        return self.groups.get(group_id, snapshot_ids, deadline=self.deadline())
+
+    def delete_group(self, group_id: str, *snapshot_ids: str) -> None:
+        self.groups.delete(group_id, snapshot_ids, deadline=self.deadline())
 
     def delete(self, snapshot_id: str) -> None:
         self.snapshots.delete(snapshot_id, deadline=self.deadline())

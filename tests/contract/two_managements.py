@@ -21,6 +21,7 @@ from csi_driver.management.settings import ManagementSettings
 from csi_driver.storage_model import Client, ClientStatus, Layout, RaidLevel, ReservationMode, Volume, VolumeSpec, Vpg
 from tests.fakes.management import FakeManagement
 from tests.storage_switches import Switches
+from tests.unit.embedded.fake_freezes import FakeFreezes
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 from tests.unit.embedded.fake_reflinks import FakeReflinks
@@ -126,7 +127,8 @@ class Storage:
         )
         loops = FakeLoopDevices()
         reflinks = FakeReflinks()
-        server = StorageServer(settings, loops, FakeLuksHeaders(), reflinks if has_reflinks else None)
+        offered = reflinks if has_reflinks else None
+        server = StorageServer(settings, loops, FakeLuksHeaders(), offered, FakeFreezes())
         server.start()
         return cls(settings, loops, server, reflinks)
 
