@@ -1,134 +1,209 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group snapshots as the CSI specification has them, by the controller on the embedded storage manager."""
+"""Groups of snapshots of mounted volumes: of one moment, and whole or absent after kill -9."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from csi_driver.errors import (
-    Incompatible,
-    InvalidField,
-    InvalidRequest,
-    NotFound,
-    NotOffered,
-    PreconditionFailed,
-    VolumeNotFound,
-)
-from csi_driver.model import CutGroup
-from tests.contract.snapshot_zones import Kind, Zones, zones_of
-from tests.contract.test_snapshots import MEANINGLESS, UUID
+from csi_driver.deadline import Deadline
+from csi_driver.embedded.settings import Freezes, StorageSettings
+from csi_driver.host.connectors.loop import LoopDevices
+from csi_driver.host.freeze import Freezer
+from csi_driver.host.reflink import ReflinkedFiles
+from tests.contract.test_host_freeze import is_frozen, run, thaw
+from tests.reflink_pool import mounted
+from tests.unit.embedded.fake_freezes import FakeFreezes
+from tests.unit.embedded.manager import Manager, running, settings_in
+
+pytestmark = pytest.mark.root
+VOLUMES = ("a", "b", "c")
+MEMBERS = {f"snap-{volume}": volume for volume in VOLUMES}
 
 
 @pytest.fixture
-def zones(tmp_path: Path) -> Iterator[Zones]:
-    with zones_of(tmp_path, a=Kind.REFLINKS) as running:
-        yield running
+def settings(tmp_path: Path) -> Iterator[StorageSettings]:
+    """Settings of a pool that has the mounted volumes a, b and c."""
+    loops = LoopDevices()
+    with mounted(tmp_path, size_mib=2000) as place, contextlib.ExitStack() as stack:
+        settings = settings_in(place)
+        with running(settings, loops) as manager:
+            for volume in VOLUMES:
+                manager.save(volume)
+                manager.attach(volume)
+        stack.callback(lambda: [loops.detach(device) for device in loops.bound_to(place)])
+        for volume in VOLUMES:
+            device, target = settings.clients[0].device_directory / volume, tmp_path / volume
+            run("mkfs.ext4", "-q", device)
+            target.mkdir()
+            run("mount", device, target)
+            stack.callback(run, "umount", target)
+            stack.callback(thaw, target)
+            (target / "count").write_bytes(bytes(8))
+        yield settings
 
 
-@pytest.fixture
-def volumes(zones: Zones) -> list[str]:
-    return [zones.volume(f"pvc-{number}").volume_id for number in range(3)]
+def manager_of(settings: StorageSettings) -> contextlib.AbstractContextManager[Manager]:
+    return running(settings, LoopDevices(), None, ReflinkedFiles(), Freezer(settings.pool_directory))
 
 
-def ids(group: CutGroup) -> list[str]:
-    return [each.snapshot_id for each in group.snapshots]
+WRITE = """
+import os, sys
+files = [os.open(path + "/count", os.O_RDWR) for path in sys.argv[1:]]
+for number in range(1, 10**9):
+    for file in files:
+        os.pwrite(file, number.to_bytes(8, "little"), 0)
+        os.fsync(file)
+    if number == 1:
+        print("begun", flush=True)
+"""
 
 
-def test_the_members_have_the_ids_of_their_volumes_and_of_the_group(zones: Zones, volumes: list[str]) -> None:
-    group = zones.cut_group("g", *volumes[:2])
-    assert {each.source_volume_id for each in group.snapshots} == set(volumes[:2])
-    assert {each.group_snapshot_id for each in group.snapshots} == {group.group_snapshot_id}
-    assert {each.created for each in group.snapshots} == {group.created}
-    assert [zones.get(each) for each in ids(group)] == list(group.snapshots)
-    assert sorted(zones.listed()) == sorted(ids(group))
+@contextlib.contextmanager
+def writing(places: Sequence[Path]) -> Iterator[None]:
+    """Write n to the first volume, then to the second, ...: each only when the one before is on disk."""
+    with subprocess.Popen([sys.executable, "-c", WRITE, *map(str, places)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"begun\n"
+        try:
+            yield
+        finally:
+            writer.kill()
 
 
-def test_a_repeated_call_is_answered_as_the_first(zones: Zones, volumes: list[str]) -> None:
-    first = zones.cut_group("g", *volumes)
-    zones.restart_controller()
-    assert zones.cut_group("g", *reversed(volumes)) == first
+def counts(manager: Manager, directory: Path, group: str) -> list[int]:
+    """Return what each snapshot of a group has, read through a filesystem whose journal was replayed."""
+    found, place = [], directory / "snapshot"
+    place.mkdir(exist_ok=True)
+    for member in manager.group(group)["snapshots"]:
+        copy = manager.server.pool.directory / "copy"
+        run("cp", "--reflink=always", manager.server.pool.snapshot_file(member["uuid"]), copy)
+        run("mount", "-o", "loop", copy, place)
+        try:
+            found.append(int.from_bytes((place / "count").read_bytes(), "little"))
+        finally:
+            run("umount", place)
+    return found
 
 
-def test_a_repeated_call_is_answered_as_the_first_after_a_source_was_deleted(zones: Zones, volumes: list[str]) -> None:
-    first = zones.cut_group("g", *volumes)
-    zones.delete_volume(volumes[0])
-    assert zones.cut_group("g", *volumes) == first
+@dataclass(slots=True)
+class SlowReflinks(ReflinkedFiles):
+    """Lets programs write between two clones, as clones of many extents do."""
+
+    counted: Path
+
+    def clone(self, source_fd: int, target_fd: int) -> None:
+        ReflinkedFiles.clone(self, source_fd, target_fd)
+        before = self.counted.read_bytes()
+        Deadline.after(0.3).wait_until(lambda: self.counted.read_bytes() != before)
 
 
-@pytest.mark.parametrize("others", [slice(0, 1), slice(0, 3), slice(1, 3)])
-def test_a_name_with_other_volumes_is_refused(zones: Zones, volumes: list[str], others: slice) -> None:
-    zones.cut_group("g", *volumes[:2])
-    with pytest.raises(Incompatible, match="already exists with different properties: source volumes"):
-        zones.cut_group("g", *volumes[others])
+def cut_while_written(settings: StorageSettings, directory: Path, freezes: Freezes, rounds: int) -> list[bool]:
+    """Cut groups while dependent writes go on; tell of each whether no volume is ahead of the one before."""
+    results, reflinks = [], SlowReflinks(directory / VOLUMES[-1] / "count")
+    places = [directory / volume for volume in VOLUMES]
+    with running(settings, LoopDevices(), None, reflinks, freezes) as manager, writing(places):
+        for number in range(rounds):
+            answer = manager.cut_group(f"group-{number}", {f"{name}-{number}": of for name, of in MEMBERS.items()})
+            assert answer["success"], answer
+            found = counts(manager, directory, f"group-{number}")
+            results.append(found == sorted(found, reverse=True) and found[0] - found[-1] <= 1)
+            manager.delete_group(f"group-{number}")
+    return results
 
 
-@pytest.mark.parametrize("source", [*MEANINGLESS, f"a:csi-1:{UUID}", f"nowhere:csi-1:{UUID}"])
-def test_a_group_with_a_volume_that_does_not_exist_is_not_cut(zones: Zones, volumes: list[str], source: str) -> None:
-    with pytest.raises(VolumeNotFound):
-        zones.cut_group("g", volumes[0], source)
-    assert zones.listed() == []
+def test_no_cut_has_a_write_without_the_one_that_it_depends_on(settings: StorageSettings, tmp_path: Path) -> None:
+    assert all(cut_while_written(settings, tmp_path, Freezer(settings.pool_directory), 6))
 
 
-def test_a_volume_that_is_named_twice_is_refused(zones: Zones, volumes: list[str]) -> None:
-    spelled = volumes[0].rpartition(":")[0]
-    with pytest.raises(InvalidField, match="each volume once"):
-        zones.cut_group("g", volumes[0], spelled)
+def test_without_a_freeze_the_same_writes_are_torn(settings: StorageSettings, tmp_path: Path) -> None:
+    """The proof above can fail."""
+    assert not all(cut_while_written(settings, tmp_path, FakeFreezes(), 2))
 
 
-def test_the_list_of_snapshots_must_be_that_of_the_group(zones: Zones, volumes: list[str]) -> None:
-    group = zones.cut_group("g", *volumes[:2])
-    other = zones.cut("s", volumes[2]).snapshot_id
-    for wrong in ([], ids(group)[:1], [*ids(group), other]):
-        with pytest.raises(InvalidRequest, match="snapshot_ids"):
-            zones.get_group(group.group_snapshot_id, *wrong)
-        with pytest.raises(InvalidRequest, match="snapshot_ids"):
-            zones.delete_group(group.group_snapshot_id, *wrong)
-    assert zones.get_group(group.group_snapshot_id, *reversed(ids(group))) == group
+def test_nothing_is_frozen_after_a_cut(settings: StorageSettings, tmp_path: Path) -> None:
+    with manager_of(settings) as manager:
+        assert manager.cut_group("group", MEMBERS)["success"]
+        assert [is_frozen(tmp_path / volume) for volume in VOLUMES] == [False, False, False]
+        assert not list(settings.pool_directory.glob("*frozen*"))
 
 
-def test_a_deleted_group_is_not_found_with_its_members_and_deleted_again(zones: Zones, volumes: list[str]) -> None:
-    group = zones.cut_group("g", *volumes[:2])
-    for _ in range(2):
-        zones.delete_group(group.group_snapshot_id, *ids(group))
-    with pytest.raises(NotFound):
-        zones.get_group(group.group_snapshot_id, *ids(group))
-    assert zones.listed() == []
+def test_an_open_raw_volume_refuses_its_group_and_leaves_nothing(settings: StorageSettings, tmp_path: Path) -> None:
+    with manager_of(settings) as manager:
+        manager.save("raw")
+        manager.attach("raw")
+        raw = settings.clients[0].device_directory / "raw"
+        with raw.open("r+b") as device, subprocess.Popen(["sleep", "1000"], stdin=device) as user:
+            answer = manager.cut_group("group", {**MEMBERS, "snap-raw": "raw"})
+            user.kill()
+        assert answer["error"]["id"] == 91008
+        assert "(sleep)" in answer["error"]["message"]
+        assert manager.get("/snapshots/all/0/0") == []
+        assert not list(manager.server.pool.snapshots.iterdir())
+        assert manager.cut_group("group", {**MEMBERS, "snap-raw": "raw"})["success"]
 
 
-def test_a_member_is_not_deleted_alone(zones: Zones, volumes: list[str]) -> None:
-    group = zones.cut_group("g", *volumes[:2])
-    with pytest.raises(InvalidRequest, match="delete the group"):
-        zones.delete(ids(group)[0])
-    assert sorted(zones.listed()) == sorted(ids(group))
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from csi_driver.host.connectors.loop import LoopDevices
+from csi_driver.host.freeze import Freezer
+from csi_driver.host.reflink import ReflinkedFiles
+from tests.storage_switches import add_points
+from tests.unit.embedded.manager import Manager, settings_in
+settings = settings_in(Path(sys.argv[1]))
+manager = Manager(settings, LoopDevices(), None, ReflinkedFiles(), Freezer(settings.pool_directory))
+passed = 0
+def at_point(point):
+    global passed
+    passed += 1
+    if passed == int(sys.argv[2]):
+        if sys.argv[3] == "both":
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+add_points(manager.server, at_point)
+assert manager.cut_group("group", dict(each.split("=") for each in sys.argv[4:]))["success"]
+"""
 
 
-@pytest.mark.parametrize("group_id", [*MEANINGLESS, f"a:group-1:{UUID}"])
-def test_an_id_without_a_group_is_deleted_already_and_not_found(zones: Zones, group_id: str) -> None:
-    zones.delete_group(group_id, "a snapshot")
-    with pytest.raises(NotFound):
-        zones.get_group(group_id, "a snapshot")
+@pytest.mark.parametrize("killed", ["manager", "both"])
+def test_after_kill_9_at_any_step_nothing_is_frozen_or_half_made_and_the_retry_succeeds(
+    settings: StorageSettings, tmp_path: Path, killed: str
+) -> None:
+    """`both`: the guard too."""
+    members = [f"{name}={volume}" for name, volume in MEMBERS.items()]
+    statuses: list[int] = []
+    while not statuses or statuses[-1]:
+        argv = [sys.executable, "-c", KILLED, str(tmp_path / "mkfs.xfs"), str(len(statuses) + 1), killed, *members]
+        statuses.append(subprocess.run(argv, cwd=Path(__file__).parents[2], check=False).returncode)
+        with manager_of(settings) as manager:
+            freezes = Freezer(settings.pool_directory)
+            assert Deadline.after(30).wait_until(freezes.recover)
+            assert [is_frozen(tmp_path / volume) for volume in VOLUMES] == [False, False, False]
+            assert {row["_id"] for row in manager.get("/snapshots/all/0/0")} in (set(), set(MEMBERS))
+            files = sorted(file.stem for file in manager.server.pool.snapshots.iterdir())
+            assert files == sorted(row["uuid"] for row in manager.get("/snapshots/all/0/0"))
+            answer = manager.cut_group("group", MEMBERS)
+            assert answer["success"], answer
+            assert manager.group("group")["isReady"]
+            assert manager.delete_group("group")["success"]
+    assert statuses == [-signal.SIGKILL] * (len(statuses) - 1) + [0]
+    assert len(statuses) > 8
 
 
-def test_volumes_of_two_zones_are_no_group(tmp_path: Path) -> None:
-    with zones_of(tmp_path, a=Kind.REFLINKS, b=Kind.REFLINKS) as zones:
-        here, there = zones.volume(zone="a").volume_id, zones.volume("pvc-2", zone="b").volume_id
-        with pytest.raises(InvalidField, match="volumes of one zone"):
-            zones.cut_group("g", here, there)
-        lost = f"c:group-1:{UUID}"
-        with pytest.raises(PreconditionFailed, match="does not serve"):
-            zones.delete_group(lost, "a snapshot")
-
-
-def test_without_reflinks_each_call_names_the_engine(tmp_path: Path) -> None:
-    with zones_of(tmp_path, a=Kind.EMBEDDED_WITHOUT) as zones:
-        group_id, source = f"a:group-1:{UUID}", zones.volume().volume_id
-        refusal = pytest.raises(NotOffered, match="zone a offers no group snapshots: embedded storage manager")
-        with refusal:
-            zones.cut_group("g", source)
-        with refusal:
-            zones.get_group(group_id, "a snapshot")
-        with refusal:
-            zones.delete_group(group_id, "a snapshot")
+def test_a_repeated_request_after_a_lost_answer_finds_its_group(settings: StorageSettings) -> None:
+    with manager_of(settings) as manager:
+        first = manager.cut_group("group", MEMBERS)
+    with manager_of(settings) as manager:
+        assert manager.cut_group("group", MEMBERS) == first
+        assert os.listdir(manager.server.pool.snapshots) != []
