@@ -76,7 +76,7 @@ class GroupSnapshots:
                 cut = self._cut(self.freezes, begun, extents)
                 return self.store.write(lambda change: self._finish(change, group, cut))
             except DriverError as problem:
-                self._remove_soon(group, CUTTING)
+                self._remove_soon(group)
                 raise refusal_of(item.name, problem) from problem
             finally:
                 self._thaw_soon()
@@ -147,7 +147,7 @@ class GroupSnapshots:
             if group is None or group.uuid != identity:
                 raise ApiError(documents.SNAPSHOT_GROUP_NOT_FOUND, f"Snapshot group {name} not found")
             self._hold(held, map(lock_of, group.members))
-            self._remove_soon(self.store.write(lambda change: self._mark(change, group)), MARKED_FOR_DELETION)
+            self._remove_soon(self.store.write(lambda change: self._mark(change, group)))
 
     def _mark(self, change: Change, group: SnapshotGroup) -> SnapshotGroup:
         for each in self.members(group):
@@ -156,14 +156,14 @@ class GroupSnapshots:
         change.put(SNAPSHOT_GROUPS, group.name, marked)
         return marked
 
-    def _remove_soon(self, group: SnapshotGroup, action: str) -> None:
+    def _remove_soon(self, group: SnapshotGroup) -> None:
         """Remove a group that is marked or was not cut, now or by a retry; the caller holds its locks."""
 
         def again() -> bool:
             with self.locks.hold(_group_lock(group.name)), ExitStack() as held:
                 self._hold(held, map(lock_of, group.members))
                 current = self.store.get(SNAPSHOT_GROUPS, group.name)
-                if current is not None and (current.uuid, current.action) == (group.uuid, action):
+                if current is not None and current.uuid == group.uuid and not current.is_ready:
                     self._remove(current)
             return True
 
@@ -174,8 +174,13 @@ class GroupSnapshots:
             self.worker.later(f"remove {_group_lock(group.name)}", again)
 
     def _remove(self, group: SnapshotGroup) -> None:
-        """Remove the files, then all rows in one change."""
+        """Remove the files, then all rows in one change.
+
+        A commit that failed may be on disk nevertheless, and say that the group is ready: the mark comes first.
+        """
         members = self.members(group)
+        if group.action != MARKED_FOR_DELETION:
+            self.store.write(lambda change: self._mark(change, group))
         for each in members:
             self.pool.remove_snapshot(each.uuid)
 
@@ -198,4 +203,4 @@ class GroupSnapshots:
         self._thaw_soon()
         for group in self.store.all(SNAPSHOT_GROUPS):
             if not group.is_ready:
-                self._remove_soon(group, group.action)
+                self._remove_soon(group)

@@ -25,7 +25,6 @@ from csi_driver.embedded import documents
 from csi_driver.embedded.allocator import Allocator, NoSpace
 from csi_driver.embedded.documents import ApiError
 from csi_driver.embedded.model import (
-    CUTTING,
     MARKED_FOR_DELETION,
     NO_ACTION,
     SNAPSHOTS,
@@ -136,10 +135,12 @@ class Snapshots:
             reason = f"a {kind} {snapshot.volume}, uuid {snapshot.volume_uuid}; use another name, or delete it"
             raise ApiError(documents.SNAPSHOT_EXISTS, f"Snapshot {name} already exists: {reason}")
         if snapshot.is_ready:
+            if reason := self.why_lost(snapshot):
+                raise ApiError(documents.SOURCE_NOT_USABLE, f"Snapshot {name} cannot be used: {reason}")
             return snapshot
         if snapshot.action == MARKED_FOR_DELETION:
             raise ApiError(documents.SOURCE_BUSY, f"Snapshot {name} is being deleted; retry")
-        self.withdraw(snapshot)
+        self.remove(snapshot)
         return None
 
     def _cut(self, item: NewSnapshot) -> Snapshot:
@@ -152,7 +153,7 @@ class Snapshots:
                 cut = self.cut(snapshot, extents)
                 return self.store.write(lambda change: self.finish(change, cut))
             except DriverError as problem:
-                self.withdraw_soon(snapshot)
+                self.remove_soon(snapshot)
                 raise refusal_of(item.name, problem) from problem
 
     def verify_file(self, source: SourceVolume) -> None:
@@ -269,35 +270,31 @@ class Snapshots:
         return marked
 
     def remove_soon(self, snapshot: Snapshot) -> None:
-        """Remove a marked snapshot now, or retry in the background; the caller holds the lock of its name."""
-        self._soon(snapshot, MARKED_FOR_DELETION, self.remove)
+        """Remove a snapshot that is marked or was not cut, now or by a retry; the caller holds the lock of its name."""
 
-    def remove(self, snapshot: Snapshot) -> None:
-        """Remove the file, then the row, which the next start would remove again."""
-        self.pool.remove_snapshot(snapshot.uuid)
-        self.store.write_later(lambda change: self.forget(change, snapshot))
-
-    def withdraw_soon(self, snapshot: Snapshot) -> None:
-        """Remove a snapshot that could not be cut, now or by a retry; the caller holds the lock of its name."""
-        self._soon(snapshot, CUTTING, self.withdraw)
-
-    def withdraw(self, snapshot: Snapshot) -> None:
-        self.pool.remove_snapshot(snapshot.uuid)
-        self.store.write(lambda change: self.forget(change, snapshot))
-
-    def _soon(self, snapshot: Snapshot, action: str, act: Callable[[Snapshot], None]) -> None:
         def again() -> bool:
             with self.locks.hold(lock_of(snapshot.name)):
                 current = self.store.get(SNAPSHOTS, snapshot.name)
-                if current is not None and (current.uuid, current.action) == (snapshot.uuid, action):
-                    act(current)
+                if current is not None and current.uuid == snapshot.uuid and not current.is_ready:
+                    self.remove(current)
             return True
 
         try:
-            act(snapshot)
+            self.remove(snapshot)
         except DriverError as problem:
             _log.warning("snapshot %s could not be removed and will be retried: %s", snapshot.name, problem)
             self.worker.later(f"remove {lock_of(snapshot.name)}", again)
+
+    def remove(self, snapshot: Snapshot) -> None:
+        """Remove the file, then the row, which the next start would remove again.
+
+        A commit that failed may be on disk nevertheless, and say that the snapshot is ready: the mark comes first.
+        """
+        if snapshot.action != MARKED_FOR_DELETION:
+            marked = replace(snapshot, action=MARKED_FOR_DELETION)
+            self.store.write(lambda change: change.put(SNAPSHOTS, snapshot.name, marked))
+        self.pool.remove_snapshot(snapshot.uuid)
+        self.store.write_later(lambda change: self.forget(change, snapshot))
 
     def forget(self, change: Change, snapshot: Snapshot) -> None:
         """Remove the row of a snapshot without a file."""
@@ -325,9 +322,7 @@ class Snapshots:
         files = self.pool.snapshot_identities()
         for snapshot in self.store.all(SNAPSHOTS):
             files.discard(snapshot.uuid)
-            if snapshot.action == CUTTING:
-                self.withdraw_soon(snapshot)
-            elif snapshot.action == MARKED_FOR_DELETION:
+            if not snapshot.is_ready:
                 self.remove_soon(snapshot)
             elif reason := self.why_lost(snapshot):
                 _log.error("snapshot %s cannot be used: %s", snapshot.name, reason)

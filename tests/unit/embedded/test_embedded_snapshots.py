@@ -257,19 +257,56 @@ def test_a_cut_whose_row_cannot_be_completed_is_not_shown_as_ready_and_is_repeat
     write(manager, "data", b"first")
     writes = Store._write_rows
 
-    def full(self: Store, puts: list[tuple[str, str, str, str]], deleted: list[tuple[str, str, str]]) -> None:
-        if any('"action":"none"' in text for kind, _, _, text in puts if kind == "snapshots") or deleted:
+    def refuse_ready(self: Store, puts: Json, deleted: Json) -> None:
+        if any('"action":"cutting"' not in text for kind, _, _, text in puts if kind == "snapshots"):
             raise OSError(errno.EIO, "refused")
         writes(self, puts, deleted)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_write_rows", full)
+        patch.setattr(Store, "_write_rows", refuse_ready)
         assert error(manager.cut("snap-1", "data")) == 500
         assert not manager.snapshot("snap-1")["isReady"]
     write(manager, "data", b"later")
     assert manager.cut("snap-1", "data")["payload"]["snapshot"]["isReady"]
     assert read(manager, "snap-1") == b"later"
     assert len(files(manager)) == 1
+
+
+def test_a_commit_that_failed_and_is_on_disk_leaves_a_whole_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_in(tmp_path)
+    manager = Manager(settings, FakeLoopDevices(), reflinks=FakeReflinks())
+    manager.save("data")
+    write(manager, "data", b"first")
+    writes = Store._write_rows
+
+    def write_and_fail(self: Store, puts: Json, deleted: Json) -> None:
+        monkeypatch.setattr(Store, "_write_rows", refuse)
+        writes(self, puts, deleted)
+        raise OSError(errno.EIO, "refused")
+
+    def refuse(self: Store, puts: Json, deleted: Json) -> None:
+        raise OSError(errno.EIO, "refused")
+
+    def first(self: Store, puts: Json, deleted: Json) -> None:
+        monkeypatch.setattr(Store, "_write_rows", write_and_fail)
+        writes(self, puts, deleted)
+
+    monkeypatch.setattr(Store, "_write_rows", first)
+    assert error(manager.cut("snap-1", "data")) == 500
+    manager.die()
+    monkeypatch.setattr(Store, "_write_rows", writes)
+    with running(settings, reflinks=FakeReflinks()) as manager:
+        assert manager.cut("snap-1", "data")["payload"]["snapshot"]["isReady"]
+        assert read(manager, "snap-1") == b"first"
+
+
+def test_the_same_request_for_a_snapshot_whose_file_is_lost_is_refused(manager: Manager) -> None:
+    manager.save("data")
+    manager.cut("snap-1", "data")
+    manager.server.pool.snapshot_file(manager.snapshot("snap-1")["uuid"]).unlink()
+    assert error(manager.cut("snap-1", "data")) == 91009
 
 
 def test_a_version_without_snapshots_opens_the_database_after_all_are_deleted(tmp_path: Path) -> None:
