@@ -102,6 +102,7 @@ def test_a_filesystem_without_reflinks_is_found_out_and_nothing_is_copied(tmp_pa
 
 def test_reflinks_are_found_on_a_full_filesystem(tmp_path: Path) -> None:
     with mounted(tmp_path) as place:
+        Pool(place).close()  # makes the directories, for which a full filesystem may have no space
         fill(place)
         pool = Pool(place, reflinks=ReflinkedFiles())
         assert pool.why_no_reflinks == ""
