@@ -57,6 +57,12 @@ def listed(manager: Manager, page: int = 0, count: int = 0, **query: object) -> 
     return [row["_id"] for row in manager.get(f"/snapshots/all/{page}/{count}?{texts}")]
 
 
+def disk_error() -> sqlite3.OperationalError:
+    problem = sqlite3.OperationalError("refused")
+    problem.sqlite_errorcode = sqlite3.SQLITE_READONLY
+    return problem
+
+
 def files(manager: Manager) -> set[str]:
     return {file.name for file in manager.server.pool.snapshots.iterdir()}
 
@@ -259,7 +265,7 @@ def test_a_cut_whose_row_cannot_be_completed_is_not_shown_as_ready_and_is_repeat
 
     def refuse_ready(self: Store, puts: Json, deleted: Json) -> None:
         if any('"action":"cutting"' not in text for kind, _, _, text in puts if kind == "snapshots"):
-            raise OSError(errno.EIO, "refused")
+            raise disk_error()
         writes(self, puts, deleted)
 
     with monkeypatch.context() as patch:
@@ -284,10 +290,10 @@ def test_a_commit_that_failed_and_is_on_disk_leaves_a_whole_snapshot(
     def write_and_fail(self: Store, puts: Json, deleted: Json) -> None:
         monkeypatch.setattr(Store, "_write_rows", refuse)
         writes(self, puts, deleted)
-        raise OSError(errno.EIO, "refused")
+        raise disk_error()
 
     def refuse(self: Store, puts: Json, deleted: Json) -> None:
-        raise OSError(errno.EIO, "refused")
+        raise disk_error()
 
     def first(self: Store, puts: Json, deleted: Json) -> None:
         monkeypatch.setattr(Store, "_write_rows", write_and_fail)
