@@ -16,7 +16,7 @@ CHART_TESTS := tests/unit/chart
 QUICK_TESTS := tests/unit tests/property
 MACHINE_TESTS := tests/contract tests/sanity tests/integration
 CLUSTER := tests/kubernetes/cluster
-VM_TESTS := tests/contract/test_host_encryption.py tests/contract/test_host_freeze.py tests/vm
+VM_TESTS := tests/contract/test_host_encryption.py tests/contract/test_host_freeze.py::test_a_filesystem_over_the_device_mapper_is_frozen tests/vm
 IMAGE ?= nvmesh-csi:dev
 
 SANITY_VERSION := v5.6.0
