@@ -193,7 +193,7 @@ def meaning_of(operation: Operation, error: ApiError) -> tuple[Meaning, int | No
     for number in error.ids:
         if number in table:
             return table[number], number
-    if operation is Operation.CREATE and error.no_allocation and CREATE_FAILED in error.ids:
+    if operation in (Operation.CREATE, Operation.CLONE) and error.no_allocation and CREATE_FAILED in error.ids:
         return Meaning.NO_SPACE, CREATE_FAILED
     return Meaning.SERVER_ERROR, error.main_id
 

@@ -75,9 +75,10 @@ def test_an_endless_chain_of_errors_is_cut() -> None:
     assert len(refusal(error).ids) == 8
 
 
-def test_no_space_is_recognised_by_the_bare_string() -> None:
+@pytest.mark.parametrize("operation", [Operation.CREATE, Operation.CLONE])
+def test_no_space_is_recognised_by_the_bare_string(operation: Operation) -> None:
     error = {"id": 1664, "innerMessage": "Failed to allocate"}
-    assert isinstance(failure_of(Operation.CREATE, refusal(error)), Exhausted)
+    assert isinstance(failure_of(operation, refusal(error)), Exhausted)
 
 
 def test_another_bare_string_is_not_no_space() -> None:
