@@ -105,17 +105,16 @@ def _opened(path: Path) -> Iterator[int]:
 def _changes(reflinks: Reflinks, sides: Sequence[int], until: int, offset: int) -> tuple[_Ranges, int]:
     """Return the changes from `offset`, and the offset up to which they are known.
 
-    A program that moves blocks, as xfs_fsr does, can give one file a block that the other had when its map was read:
-    both maps are read again, and must be the same.
+    A program that moves blocks, as xfs_fsr does, can give one file a block that the other had when its map was read.
+    So the first map is read again: if it is the same, both were true when the other one was read.
     """
     if offset >= until:
         return [], offset
     for _ in range(_ATTEMPTS):
-        maps, again = ([reflinks.extents(fd, offset, _EXTENTS_AT_ONCE) for fd in sides] for _ in range(2))
-        if maps == again:
+        target, *others = maps = [reflinks.extents(fd, offset, _EXTENTS_AT_ONCE) for fd in sides]
+        if not others or reflinks.extents(sides[0], offset, _EXTENTS_AT_ONCE) == target:
             end = min(until, *(known_until(each) for each in maps))
-            base = maps[1] if len(maps) > 1 else ()
-            return merged(differences(base, maps[0], offset, end)), end
+            return merged(differences(others[0] if others else (), target, offset, end)), end
     raise ApiError(SOURCE_BUSY, "another program moves the blocks of the snapshots now; retry")
 
 
