@@ -46,6 +46,12 @@ def test_the_members_have_the_ids_of_their_volumes_and_of_the_group(zones: Zones
     assert sorted(zones.listed()) == sorted(ids(group))
 
 
+def test_only_the_field_of_its_class_may_be_repeated_as_a_parameter(zones: Zones, volumes: list[str]) -> None:
+    zones.groups.create("g", volumes, {"deletionPolicy": "Retain"}, deadline=zones.deadline())
+    with pytest.raises(InvalidField, match="parameter freeze"):
+        zones.groups.create("h", volumes, {"freeze": "true"}, deadline=zones.deadline())
+
+
 def test_a_repeated_call_is_answered_as_the_first(zones: Zones, volumes: list[str]) -> None:
     first = zones.cut_group("g", *volumes)
     zones.restart_controller()
