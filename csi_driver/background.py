@@ -215,6 +215,15 @@ class Worker(Background):
             heapq.heappush(self._times, (due, key))
             self._wake.notify_all()
 
+    def soon(self, key: str, job: Callable[[], bool], retry: Callable[[], bool] | None = None) -> None:
+        """Run `job` in this thread; `retry` runs later, by default the same, if it fails or is not done."""
+        try:
+            if job():
+                return
+        except DriverError as error:
+            _LOG.warning("%s failed and will be retried: %s", key, error)
+        self.later(key, retry or job)
+
     def settled(self, key: str) -> None:
         self._succeeded(key)
         with self._wake:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from csi_driver.embedded.pool import Pool, VolumeLocks
 from csi_driver.embedded.settings import ClientSettings, LoopDevices
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
-from csi_driver.errors import DriverError, HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host_model import LoopDevice
 
 _log = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ class Attacher:
     def recover(self) -> None:
         """Find the bound devices and settle all attachments; failures are logged and retried."""
         for name in self.files:
-            if not self._install(name):
-                self.worker.later(f"install {name}", lambda name=name: self._install(name))  # type: ignore[misc]
+            self.worker.soon(f"install {name}", lambda name=name: self._install(name))  # type: ignore[misc]
         self._find_devices()
         self._remove_stale_copies()
         self._remove_stale_nodes()
@@ -164,16 +163,10 @@ class Attacher:
     def settle_all(self, pairs: Iterable[Pair]) -> None:
         """Settle each pair now; failures are retried in the background."""
         for client, identity in pairs:
-            try:
-                settled = self.settle(client, identity)
-            except DriverError as problem:
-                _log.warning("volume %s on client %s is not settled and will be retried: %s", identity, client, problem)
-                settled = False
-            if not settled:
-                self._settle_later(client, identity)
+            self.worker.soon(*self._settling(client, identity))
 
-    def _settle_later(self, client: str, identity: str, delay_s: float | None = None) -> None:
-        self.worker.later(f"settle {client}/{identity}", lambda: self.settle(client, identity), delay_s)
+    def _settling(self, client: str, identity: str) -> tuple[str, Callable[[], bool]]:
+        return f"settle {client}/{identity}", lambda: self.settle(client, identity)
 
     def is_down(self, client: str) -> bool:
         """Return whether a client does nothing now: this manager no longer serves it."""
@@ -228,15 +221,11 @@ class Attacher:
             self.volumes.remove_soon(volume.name, identity)
         for other in volume.reservation.attached:
             if other != ended.client and (other, identity) not in self.devices:
-                self._settle_later(other, identity, 0.0)
+                self.worker.later(*self._settling(other, identity), 0.0)
 
     def grow(self, identity: str) -> None:
         """Set the volume's devices to the size of its file, now or by a retry."""
-        try:
-            self._grow(identity)
-        except DriverError as problem:
-            _log.warning("the devices of volume %s could not be grown and are retried: %s", identity, problem)
-            self.worker.later(f"grow {identity}", lambda: self._grow(identity))
+        self.worker.soon(f"grow {identity}", lambda: self._grow(identity))
 
     def _grow(self, identity: str) -> bool:
         try:

@@ -22,7 +22,7 @@ from csi_driver.embedded.requests import CloneSource, NewClone
 from csi_driver.embedded.snapshots import Snapshots, lock_of, usable
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import refuse_name
-from csi_driver.errors import HostFailure, SystemCallFailed
+from csi_driver.errors import DriverError, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +43,8 @@ class Clones:
         volume = self.store.write(lambda change: self._record(change, item, file))
         try:
             self._copy(volume, item.source, file)
-        except (ApiError, HostFailure) as problem:
-            self.store.write(lambda change: _mark(change, volume))
-            self.volumes.remove_soon(volume.name, volume.uuid)
+        except DriverError as problem:
+            self.volumes.worker.soon(f"remove {volume.uuid}", lambda: self._removed(volume))
             if isinstance(problem, SystemCallFailed) and problem.errno in NO_SPACE:
                 reason = f"Volume {volume.name} cannot be made: {problem}"
                 raise ApiError(documents.NO_SNAPSHOT_SPACE, reason) from problem
@@ -95,6 +94,10 @@ class Clones:
         if current is not None and current.uuid == volume.uuid and current.action == "initializing":
             made = replace(current, action="none", status="online", shared_blocks=shared_blocks)
             self.volumes.allocator.record(change, made, current)
+
+    def _removed(self, volume: Volume) -> bool:
+        self.store.write(lambda change: _mark(change, volume))
+        return self.volumes.remove(volume.name, volume.uuid)
 
     def recover(self) -> None:
         """Mark the volumes for deletion that a crash left without their content."""

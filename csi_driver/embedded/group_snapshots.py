@@ -10,7 +10,6 @@ Locks: the group's name, the names of the members, the uuids of their volumes, e
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -34,8 +33,6 @@ from csi_driver.embedded.settings import Freezes
 from csi_driver.embedded.snapshots import Snapshots, lock_of, now, refusal_of
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import DriverError
-
-_log = logging.getLogger(__name__)
 
 
 def _group_lock(name: str) -> str:
@@ -163,17 +160,12 @@ class GroupSnapshots:
             with self.locks.hold(_group_lock(group.name)), ExitStack() as held:
                 self._hold(held, map(lock_of, group.members))
                 current = self.store.get(SNAPSHOT_GROUPS, group.name)
-                if current is not None and current.uuid == group.uuid and not current.is_ready:
-                    self._remove(current)
-            return True
+                is_left = current is not None and current.uuid == group.uuid and not current.is_ready
+                return not is_left or self._remove(group)
 
-        try:
-            self._remove(group)
-        except DriverError as problem:
-            _log.warning("snapshot group %s could not be removed and will be retried: %s", group.name, problem)
-            self.worker.later(f"remove {_group_lock(group.name)}", again)
+        self.worker.soon(f"remove {_group_lock(group.name)}", lambda: self._remove(group), again)
 
-    def _remove(self, group: SnapshotGroup) -> None:
+    def _remove(self, group: SnapshotGroup) -> bool:
         """Remove the files, then all rows in one change.
 
         A commit that failed may be on disk nevertheless, and say that the group is ready: the mark comes first.
@@ -192,11 +184,11 @@ class GroupSnapshots:
                 change.delete(SNAPSHOT_GROUPS, group.name)
 
         self.store.write(forget)
+        return True
 
     def _thaw_soon(self) -> None:
-        freezes = self.freezes
-        if freezes is not None and not freezes.recover():
-            self.worker.later("thaw filesystems", freezes.recover)
+        if self.freezes is not None:
+            self.worker.soon("thaw filesystems", self.freezes.recover)
 
     def recover(self) -> None:
         """Thaw what the last run left frozen, and remove what it did not cut, or was deleting."""

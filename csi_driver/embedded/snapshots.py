@@ -275,17 +275,12 @@ class Snapshots:
         def again() -> bool:
             with self.locks.hold(lock_of(snapshot.name)):
                 current = self.store.get(SNAPSHOTS, snapshot.name)
-                if current is not None and current.uuid == snapshot.uuid and not current.is_ready:
-                    self.remove(current)
-            return True
+                is_left = current is not None and current.uuid == snapshot.uuid and not current.is_ready
+                return not is_left or self.remove(snapshot)
 
-        try:
-            self.remove(snapshot)
-        except DriverError as problem:
-            _log.warning("snapshot %s could not be removed and will be retried: %s", snapshot.name, problem)
-            self.worker.later(f"remove {lock_of(snapshot.name)}", again)
+        self.worker.soon(f"remove {lock_of(snapshot.name)}", lambda: self.remove(snapshot), again)
 
-    def remove(self, snapshot: Snapshot) -> None:
+    def remove(self, snapshot: Snapshot) -> bool:
         """Remove the file, then the row, which the next start would remove again.
 
         A commit that failed may be on disk nevertheless, and say that the snapshot is ready: the mark comes first.
@@ -295,6 +290,7 @@ class Snapshots:
             self.store.write(lambda change: change.put(SNAPSHOTS, snapshot.name, marked))
         self.pool.remove_snapshot(snapshot.uuid)
         self.store.write_later(lambda change: self.forget(change, snapshot))
+        return True
 
     def forget(self, change: Change, snapshot: Snapshot) -> None:
         """Remove the row of a snapshot without a file."""

@@ -30,7 +30,7 @@ from csi_driver.embedded.pool import NO_SPACE, Pool, VolumeLocks
 from csi_driver.embedded.requests import Extension, NewVolume, VolumeUpdate
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Change, Store
-from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
+from csi_driver.errors import HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
@@ -309,13 +309,7 @@ class Volumes:
 
     def remove_soon(self, name: str, identity: str) -> None:
         """Remove a marked volume now, or retry in the background."""
-        try:
-            removed = self.remove(name, identity)
-        except DriverError as problem:
-            _log.warning("volume %s could not be removed and will be retried: %s", name, problem)
-            removed = False
-        if not removed:
-            self.worker.later(f"remove {identity}", lambda: self.remove(name, identity))
+        self.worker.soon(f"remove {identity}", lambda: self.remove(name, identity))
 
     def remove(self, name: str, identity: str) -> bool:
         """Remove a marked volume's file, then its row; False while a client has its device."""

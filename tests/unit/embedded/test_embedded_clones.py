@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TypeAlias
 
 import pytest
 
-from csi_driver.embedded.model import VOLUMES
+from csi_driver.embedded.model import TOTALS, VOLUMES
 from csi_driver.embedded.store import Store
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -271,6 +272,39 @@ def test_a_copy_needs_space_for_all_that_it_may_hold(tmp_path: Path, loops: Fake
         assert number(manager.clone("source", "copy", 2)) is None
         answer = manager.clone("source", "another", 2)
         assert (number(answer), answer["error"]["innerMessage"]) == (1664, "Failed to allocate")
+
+
+def test_a_copy_that_cannot_be_recorded_is_gone_as_soon_as_the_database_works_again(
+    tmp_path: Path, loops: FakeLoopDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Store, puts: Json, deleted: Json) -> None:
+        raise sqlite3.DatabaseError("refused")
+
+    settings = settings_in(tmp_path, retry_first_s=0.0)
+    with running(settings, loops, reflinks=FakeReflinks()) as manager:
+        manager.save("source", 2)
+        after_the_row(manager, lambda: monkeypatch.setattr(Store, "_write_rows", refuse))
+        assert number(manager.clone("source", "copy", 2)) == 500
+        assert manager.volume("copy")["action"] == "initializing"
+        monkeypatch.undo()
+        manager.server.worker.run_due()
+        assert only_the_source_is_left(manager)
+        assert number(manager.clone("source", "copy", 2)) is None
+
+
+def test_a_pool_that_an_earlier_version_has_used_still_accounts_for_what_copies_share(
+    tmp_path: Path, loops: FakeLoopDevices
+) -> None:
+    with running(settings_in(tmp_path), loops, reflinks=FakeReflinks()) as manager:
+        manager.save("source", 2)
+        write(manager, "source", DATA)
+        manager.clone("source", "copy", 2)
+        totals = manager.server.allocator.totals
+        assert totals.shared
+        # That version does not know the number of shared blocks, and writes the totals without it.
+        manager.server.store.write(lambda change: change.put(TOTALS, "pool", replace(totals, shared=0)))
+    with running(settings_in(tmp_path), loops, reflinks=FakeReflinks()) as manager:
+        assert manager.server.allocator.totals == totals
 
 
 # --- crashes --------------------------------------------------------------------------------------------------
