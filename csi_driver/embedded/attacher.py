@@ -34,7 +34,7 @@ from csi_driver.embedded.pool import Pool, VolumeLocks
 from csi_driver.embedded.settings import ClientSettings, LoopDevices
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
-from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import DriverError, HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host_model import LoopDevice
 
 _log = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ class Attacher:
         """Find the bound devices and settle all attachments; failures are logged and retried."""
         for name in self.files:
             self.worker.soon(f"install {name}", lambda name=name: self._install(name))  # type: ignore[misc]
-        self._find_devices()
-        self._remove_stale_copies()
+        found = self.loops.bound_to(self.pool.volumes, self.pool.private)
+        self._find_devices(found)
+        self._remove_stale_copies(found)
         self._remove_stale_nodes()
         wanted = {(each.client, each.uuid): each for each in self.store.everywhere(ATTACHMENTS)}
         reported = {(r.client, r.uuid) for r in self.store.everywhere(REPORTS) if r.status != DETACHED}
@@ -109,9 +110,9 @@ class Attacher:
             except OSError as problem:
                 _log.warning("old status files of client %s cannot be removed: %s", name, problem)
 
-    def _find_devices(self) -> None:
+    def _find_devices(self, found: Iterable[LoopDevice]) -> None:
         owners = {_client_hash(name): name for name in self.files}
-        for device in (*self.loops.bound_to(self.pool.volumes), *self.loops.bound_to(self.pool.private)):
+        for device in found:
             identity, _, owner = device.label.removesuffix(f"/{_PRIVATE}").partition("/")
             pair = owners.get(owner, ""), identity
             if owner not in owners:
@@ -123,9 +124,9 @@ class Attacher:
             elif not self.loops.detach(device):
                 _log.warning("loop%d is a second device of %s and in use; left alone", device.number, device.file)
 
-    def _remove_stale_copies(self) -> None:
+    def _remove_stale_copies(self, found: Iterable[LoopDevice]) -> None:
         """Remove the readers' copies without a device: a crash left them."""
-        used = {device.file.name for device in self.loops.bound_to(self.pool.private)}
+        used = {device.file.name for device in found}
         self._remove_copies(file for file in self.pool.private_files() if file.name not in used)
 
     def _remove_copies(self, files: Iterable[Path]) -> None:
@@ -180,7 +181,7 @@ class Attacher:
         file = self.pool.file(identity)
         for client in self.files:
             device = self.devices.get((client, identity))
-            if device is not None and device.file == file and not self.loops.has_file(device, file):
+            if device is not None and not _is_private(device) and not self.loops.has_file(device, file):
                 return f"{file} is not the file that loop{device.number} uses; detach the volume"
         return ""
 
@@ -273,20 +274,26 @@ class Attacher:
         node = self._nodes[wanted.client] / wanted.volume
         if device is None:
             self._secure_file(volume)
-            file = self.pool.file(wanted.uuid)
-            if private:
-                # Nobody writes to the volume now. A copy that is left over has no device and is replaced.
-                copy = self._copy_of(wanted.uuid, wanted.client)
-                self.pool.reflink(file, copy, volume.bytes)
-                file = copy
-            self.devices[pair] = device = self.loops.attach(
-                file, node, label=label_of(wanted.uuid, wanted.client, private=private), read_only=read_only
-            )
+            file = self._private_copy(volume, wanted.client) if private else self.pool.file(wanted.uuid)
+            label = label_of(wanted.uuid, wanted.client, private=private)
+            try:
+                device = self.loops.attach(file, node, label=label, read_only=read_only)
+            except DriverError:
+                if private:
+                    self._remove_copies([file])  # there may be no other attachment
+                raise
+            self.devices[pair] = device
         elif device.node != node or not is_in_place(node, device):
             self.devices[pair] = device = self.loops.ensure_node(device, node)
         self.files[wanted.client].show(volume, wanted)
         self.clients.report(wanted, ATTACHED, io_enabled=1)
         return True
+
+    def _private_copy(self, volume: Volume, client: str) -> Path:
+        """Make a reader's copy; nobody writes to the volume now. One that is left over has no device."""
+        copy = self._copy_of(volume.uuid, client)
+        self.pool.reflink(self.pool.file(volume.uuid), copy, volume.bytes)
+        return copy
 
     def _copy_of(self, identity: str, client: str) -> Path:
         return self.pool.private_file(identity, _client_hash(client))

@@ -156,14 +156,7 @@ class Pool:
 
         `synced`: file and directory entry are on disk when this returns.
         """
-        self._make(self.file(identity), size_bytes, synced=synced)
-
-    def extend_private(self, file: Path, size_bytes: int) -> None:
-        """Extend a reader's copy, which exists, as `make` does."""
-        if self.has_file(file, 0):
-            self._make(file, size_bytes)
-
-    def _make(self, path: Path, size_bytes: int, *, synced: bool = False) -> None:
+        path = self.file(identity)
         with _named(f"make {path} of {size_bytes} bytes"):
             with _opened(path, os.O_CREAT | os.O_RDWR) as descriptor:
                 self._extend(descriptor, size_bytes)
@@ -188,6 +181,11 @@ class Pool:
     def private_files(self) -> list[Path]:
         with _named(f"list {self.private}"):
             return sorted(self.private.glob(f"*{_SUFFIX}"))
+
+    def extend_private(self, file: Path, size_bytes: int) -> None:
+        """Extend a reader's copy, if it exists. Its end takes no space, also where volumes are preallocated."""
+        with _named(f"extend {file}"), contextlib.suppress(FileNotFoundError), _opened(file, os.O_RDWR) as descriptor:
+            os.ftruncate(descriptor, max(size_bytes, os.fstat(descriptor).st_size))
 
     def remove_private(self, file: Path) -> None:
         """Remove a reader's copy; a missing one is success."""

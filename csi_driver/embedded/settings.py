@@ -193,8 +193,8 @@ class LoopDevices(Protocol):
         """Make `node` the device node of the device, atomically; return the device with it."""
         ...
 
-    def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
-        """Return the loop devices that are bound to files in `directory`."""
+    def bound_to(self, *directories: Path) -> tuple[LoopDevice, ...]:
+        """Return the loop devices that are bound to files in these directories."""
         ...
 
     def has_file(self, device: LoopDevice, file: Path) -> bool:

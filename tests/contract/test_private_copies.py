@@ -27,7 +27,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     loops = LoopDevices()
     with mounted(tmp_path, size_mib=2000) as place, running(settings_in(place), loops, None, ReflinkedFiles()) as found:
         yield found
-        for device in (*loops.bound_to(found.server.pool.volumes), *loops.bound_to(found.server.pool.private)):
+        for device in loops.bound_to(found.server.pool.volumes, found.server.pool.private):
             loops.detach(device)
 
 

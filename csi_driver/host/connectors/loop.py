@@ -74,15 +74,15 @@ class LoopDevices:
         block_devices.ensure_node(node, device.device_number)
         return replace(device, node=node)
 
-    def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
-        """Return the loop devices over files in `directory`, deleted files included, by number.
+    def bound_to(self, *directories: Path) -> tuple[LoopDevice, ...]:
+        """Return the loop devices over files in these directories, deleted files included, by number.
 
         Files are compared by inode, because the kernel shows the path in the container that bound the device.
         """
-        root = directory.resolve()
-        files = (_status(f"{place}/{name}") for place, _, names in os.walk(root) for name in names)
+        roots = [directory.resolve() for directory in directories]
+        files = (_status(f"{place}/{name}") for root in roots for place, _, names in os.walk(root) for name in names)
         identities = {(status.st_dev, status.st_ino) for status in files if status is not None}
-        return tuple(device for device in self.bound() if _lies_in(device, root, identities))
+        return tuple(device for device in self.bound() if any(_lies_in(device, root, identities) for root in roots))
 
     def bound(self, file_name: str | None = None) -> Iterator[LoopDevice]:
         """Yield bound loop devices by number; only those over a file of that name are opened: an open may hang."""

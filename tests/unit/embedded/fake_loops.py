@@ -40,8 +40,8 @@ class FakeLoopDevices:
         self.bound[device.number] = replace(self.bound[device.number], node=node)
         return self.bound[device.number]
 
-    def bound_to(self, directory: Path) -> tuple[LoopDevice, ...]:
-        return tuple(device for device in self.bound.values() if device.file.parent == directory)
+    def bound_to(self, *directories: Path) -> tuple[LoopDevice, ...]:
+        return tuple(device for device in self.bound.values() if device.file.parent in directories)
 
     def has_file(self, device: LoopDevice, file: Path) -> bool:
         return file.exists() and self.bound[device.number].identity == (0, file.stat().st_ino)

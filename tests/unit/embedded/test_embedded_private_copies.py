@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.pool import Pool
 from csi_driver.errors import SystemCallFailed
+from csi_driver.host_model import LoopDevice
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_reflinks import FakeReflinks
@@ -128,6 +130,48 @@ def test_a_copy_that_could_not_be_removed_is_replaced(manager: Manager, monkeypa
 
 def refuse(file: Path) -> None:
     raise SystemCallFailed(f"remove {file}", errno.EIO)
+
+
+def test_no_copy_is_left_of_an_attachment_without_a_device(
+    manager: Manager, loops: FakeLoopDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_device(*_: object, **__: object) -> None:
+        raise SystemCallFailed("LOOP_CTL_GET_FREE", errno.ENOSPC)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FakeLoopDevices, "attach", no_device)
+        manager.attach("copy", mode=READER)
+        assert (manager.report("copy"), loops.bound, copies(manager)) == (None, {}, [])
+    manager.retry("node-1")
+    assert content(copies(manager)[0]) == b"precious"
+
+
+def test_a_start_looks_at_the_machines_devices_once(
+    tmp_path: Path, loops: FakeLoopDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[tuple[Path, ...]] = []
+    look = FakeLoopDevices.bound_to
+
+    def counted(self: FakeLoopDevices, *places: Path) -> tuple[LoopDevice, ...]:
+        looks.append(places)
+        return look(self, *places)
+
+    monkeypatch.setattr(FakeLoopDevices, "bound_to", counted)
+    with running(settings_in(tmp_path), loops, None, FakeReflinks()):
+        assert len(looks) == 1
+
+
+def test_what_a_copy_grows_by_takes_no_space(tmp_path: Path) -> None:
+    pool = Pool(tmp_path / "pool", preallocate=True)
+    file = pool.private_file("volume", "reader")
+    file.write_bytes(b"data")
+    pool.extend_private(file, 1 << 24)
+    pool.extend_private(pool.private_file("volume", "another"), 1 << 24)
+    assert (file.stat().st_size, len(pool.private_files())) == (1 << 24, 1)
+    assert pool.occupied_bytes(file) < 1 << 20
+    pool.extend_private(file, 1)
+    assert file.stat().st_size == 1 << 24
+    pool.close()
 
 
 def test_a_copy_is_made_again_after_a_reboot(tmp_path: Path, loops: FakeLoopDevices) -> None:

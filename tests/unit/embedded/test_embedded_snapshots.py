@@ -8,6 +8,7 @@ import errno
 import json
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -191,12 +192,16 @@ def test_a_volume_whose_file_is_lost_is_refused(manager: Manager) -> None:
     assert error(manager.snapshot("snap-1")) == NOT_FOUND
 
 
-def test_a_volume_whose_device_uses_another_file_is_refused(manager: Manager) -> None:
+@pytest.mark.parametrize("is_other_container", [False, True])
+def test_a_volume_whose_device_uses_another_file_is_refused(manager: Manager, *, is_other_container: bool) -> None:
     """What is written through the device is not in the file that would be cut."""
     manager.save("data")
     manager.attach("data")
     file = manager.server.pool.file(manager.uuid("data"))
     size_bytes = file.stat().st_size
+    if is_other_container:  # the kernel shows the path in the container that bound the device
+        for pair, device in manager.server.attacher.devices.items():
+            manager.server.attacher.devices[pair] = replace(device, file=Path("/pool") / file.name)
     file.rename(file.with_suffix(".elsewhere"))
     manager.server.pool.make(manager.uuid("data"), size_bytes)
     assert error(manager.cut("snap-1", "data")) == 91009
