@@ -64,7 +64,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
         ),
         "mounts": _methods("mount", "bind", "unmount", reads="at table of_device twins reaches_host"),
         "filesystems": _methods(
-            "wipe", "make", "check", "grow_unmounted", "grow_mounted",
+            "wipe", "make", "change_btrfs_uuid", "check", "grow_unmounted", "grow_mounted",
             reads="supported probe first_data recorded_bytes usage",
         ),
         "probes": _methods(reads="dead device filesystem"),

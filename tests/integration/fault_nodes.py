@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,11 @@ from csi_driver.model import MIB, AccessMode, BlockAccess, Capability, MountAcce
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.rpc.client import CallFailed
 from tests.client import CsiClient
-from tests.contract.host_machine import HostMachine
+from tests.contract.host_machine import HostMachine, shell
 from tests.contract.host_machine import Volume as LoopVolume
 
 REPOSITORY = Path(__file__).parents[2]
-SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "block": 64 * MIB}
+SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB, "block": 64 * MIB}
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Subject:
     """A volume as the calls name it. The CO made its staging directory and the parent of its target.
 
     `format_allowed`: it holds old data, which an administrator allowed to be formatted over.
+    `is_copy`: it holds the filesystem of another volume, from which it was made.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Subject:
     attachment: int = 1
     history: History = History.FIRST
     format_allowed: bool = False
+    is_copy: bool = False
+    source_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
     fixed_size_bytes: int = 0
     staging_path: Path | None = None
     target_path: Path | None = None
@@ -83,6 +87,8 @@ class Subject:
             size,
             self.encryption,
             format_allowed=self.format_allowed,
+            populated=self.is_copy,
+            inherited_uuids=(self.source_uuid,) if self.is_copy else (),
         ).as_map()
 
     def reattach(self) -> None:
@@ -227,7 +233,7 @@ class World:
         self.trace = self.directory / "faults" / "trace"
 
     def subject(self, kind: str, **more: object) -> Subject:
-        """Make a volume that was never used, with old data if it may be formatted over."""
+        """Make a volume that was never used: with old data if it may be formatted over, or with a copied filesystem."""
         self._made += 1
         name = f"csi-{kind}-{self._made}"
         loop = self.machine.volume(name, SIZES[kind])
@@ -236,6 +242,8 @@ class World:
         if subject.format_allowed:
             with subject.loop.file.open("r+b") as file:
                 file.write(b"old data" * 4096)
+        if subject.is_copy:
+            shell(f"mkfs.{kind}", "--quiet", "--uuid", subject.source_uuid, str(loop.loop.node))
         return subject
 
     def plan(self, point: str, action: str) -> None:

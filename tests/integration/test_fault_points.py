@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.model import MIB
-from csi_driver.publish_context import Encryption
+from csi_driver.publish_context import Encryption, History
 from tests.contract.host_machine import host_machine
 from tests.faults import points
 from tests.integration.fault_nodes import OPPOSITES, ForkedNode, Node, ServingNode, Subject, World, until_ok
@@ -67,6 +67,16 @@ STORIES = {
             "mounts.unmount paths.remove filesystems.grow_mounted"
         ),
         ("filesystems.",),
+    ),
+    "copy of a btrfs": Story(
+        "btrfs",
+        {"is_copy": True, "history": History.ATTACHED},
+        (*UP, "write", *DOWN, *UP, "read", *DOWN),
+        effects(
+            "filesystems.change_btrfs_uuid records.write mounts.mount paths.make_directory "
+            "mounts.bind mounts.unmount paths.remove"
+        ),
+        ("filesystems.change_btrfs_uuid",),
     ),
     "block": Story(
         "block",
