@@ -202,7 +202,7 @@ class NodeLife(RuleBasedStateMachine):
     @rule(name=volumes, path=stagings, block=st.booleans(), read_only=st.booleans(), death=deaths, again=st.booleans())
     def stage(self, name: str, path: Path, block: bool, read_only: bool, death: int, again: bool) -> None:
         mode = AccessMode.SINGLE_NODE_READER_ONLY if read_only else AccessMode.SINGLE_NODE_WRITER
-        was_outlived = not block and self.is_outlived(name, path)
+        has_dead = not block and self.has_dead_filesystem(name, path)
         expected = self.may_stage_block(name, path) if block else self.may_stage(name, path, read_only)
         done = self.call(
             lambda: self.node.stage(
@@ -217,7 +217,7 @@ class NodeLife(RuleBasedStateMachine):
             again,
         )
         life = self.lives[name]
-        if was_outlived:
+        if has_dead:
             self.look_again(path)
         if done and not block and life.disk is not None:
             if path not in self.places and not self.elsewhere(name):
@@ -234,7 +234,7 @@ class NodeLife(RuleBasedStateMachine):
         self, name: str, staging: Path, at: Path, block: bool, read_only: bool, death: int, again: bool
     ) -> None:
         expected = (self.may_publish_block if block else self.may_publish)(name, staging, at, read_only)
-        was_outlived = not block and self.is_outlived(name, at)
+        has_dead = not block and self.has_dead_filesystem(name, at)
         done = self.call(
             lambda: self.node.publish(
                 at,
@@ -249,7 +249,7 @@ class NodeLife(RuleBasedStateMachine):
             again,
         )
         life = self.lives[name]
-        if was_outlived:
+        if has_dead:
             self.look_again(at)
         if done and at not in self.places and life.disk is not None:
             if block and not read_only:
@@ -321,6 +321,8 @@ class NodeLife(RuleBasedStateMachine):
         if shared:
             shown = all(place.read_only for place in shared)
             return shown == read_only and shared[0].is_filesystem_read_only == read_only
+        if life.fs_type == "btrfs" and any(self.has_dead_filesystem(name, at) for at in self.places if at != path):
+            return False  # the kernel keeps the uuid of a dead btrfs for as long as it is mounted
         unfinished = life.begun == life.attachment
         if life.holds == "filesystem" and read_only and life.inherited and life.fs_type == "btrfs":
             assert life.disk.filesystem is not None
@@ -333,9 +335,11 @@ class NodeLife(RuleBasedStateMachine):
 
     def is_outlived(self, name: str, path: Path) -> bool:
         """Return whether the path has the dead filesystem of a volume that returned as another device."""
+        return self.has_dead_filesystem(name, path) and self.lives[name].disk is not None
+
+    def has_dead_filesystem(self, name: str, path: Path) -> bool:
         there = self.places.get(path)
-        is_left = there is not None and there.name == name and there.is_dead and not there.block
-        return is_left and self.lives[name].disk is not None
+        return there is not None and there.name == name and there.is_dead and not there.block
 
     def may_stage_block(self, name: str, path: Path) -> bool:
         return self.lives[name].disk is not None and path not in self.places
@@ -374,7 +378,7 @@ class NodeLife(RuleBasedStateMachine):
 
     def look_again(self, path: Path) -> None:
         """A dead mount at the path may be gone after any result of the call."""
-        del self.places[path]
+        self.places.pop(path, None)
         self.look()
 
     def look(self) -> None:
