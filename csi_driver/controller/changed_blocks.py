@@ -34,7 +34,7 @@ class ChangedBlocks:
     ) -> tuple[int, Iterator[Ranges]]:
         """Return the size of the target, and the ranges from `offset` in which it may differ from the base."""
         base, target = self._require(base_id, deadline), self._require(target_id, deadline)
-        if base.zone != target.zone or base.snapshot.volume_uuid != target.snapshot.volume_uuid:
+        if base.snapshot.volume_uuid != target.snapshot.volume_uuid:
             raise InvalidRequest(
                 f"base_snapshot_id: expected a snapshot of the same volume as {shown(target_id)}, got {shown(base_id)}"
             )
@@ -51,10 +51,8 @@ class ChangedBlocks:
         self, target: FoundSnapshot, base: FoundSnapshot | None, offset: int, most: int, deadline: Deadline
     ) -> tuple[int, Iterator[Ranges]]:
         size_bytes = described(target.zone, target.snapshot).size_bytes
-        if offset >= size_bytes:
-            raise CapacityOutOfRange(
-                f"starting_offset: expected less than the size of {size_bytes} bytes, got {offset}"
-            )
+        if offset > size_bytes:  # at the end, where a resumed stream may begin, nothing is left to tell
+            raise CapacityOutOfRange(f"starting_offset: expected at most the size of {size_bytes} bytes, got {offset}")
         header_bytes, count = target.snapshot.size_bytes - size_bytes, min(most or _MOST_RANGES, _MOST_RANGES)
         old = None if base is None else base.snapshot
 

@@ -32,18 +32,22 @@ class Pool(Enum):
     """Changes nothing."""
     WORK = auto()
     """Changes something; may take long."""
+    STREAM = auto()
+    """Answers with many messages, and waits for the caller to take each: a slow one keeps its thread."""
 
 
 ThreadPools = Mapping[Pool, Threads]
 
 
-def thread_pools(at_once: int = 2, *, work: int = 512, read: int = 64, instant: int = 8) -> ThreadPools:
+def thread_pools(
+    at_once: int = 2, *, work: int = 512, read: int = 64, instant: int = 8, stream: int = 64
+) -> ThreadPools:
     """Make the pools with their most threads, of which `at_once` compute at the same time.
 
     grpcio uses the pool that a handler names (`experimental_thread_pool`). A node that boots with all its pods sends
     some hundreds of calls at once, most of which wait for a format slot.
     """
-    sizes = {Pool.WORK: work, Pool.READ: read, Pool.INSTANT: instant}
+    sizes = {Pool.WORK: work, Pool.READ: read, Pool.INSTANT: instant, Pool.STREAM: stream}
     return {pool: Threads(pool.name.lower(), size, min(size, at_once)) for pool, size in sizes.items()}
 
 
@@ -217,8 +221,8 @@ _RPCS = (
     ),
     Rpc("GroupController/DeleteVolumeGroupSnapshot", required=_GROUP, locks=_GROUP),
     _read("GroupController/GetVolumeGroupSnapshot", *_GROUP),
-    _read("SnapshotMetadata/GetMetadataAllocated", "snapshot_id", quiet=False),
-    _read("SnapshotMetadata/GetMetadataDelta", "base_snapshot_id", "target_snapshot_id", quiet=False),
+    Rpc("SnapshotMetadata/GetMetadataAllocated", Pool.STREAM, ("snapshot_id",)),
+    Rpc("SnapshotMetadata/GetMetadataDelta", Pool.STREAM, ("base_snapshot_id", "target_snapshot_id")),
     _instant("Node/NodeGetCapabilities"),
     # Not instant: it reads the usage records, and their disk may hang.
     _read("Node/NodeGetInfo"),

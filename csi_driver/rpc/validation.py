@@ -76,6 +76,8 @@ def _check_value(field: FieldDescriptor, value: object, path: str) -> None:
         case int() if field.enum_type is not None:
             if value not in field.enum_type.values_by_number:
                 raise InvalidField(path, value, f"one of {', '.join(v.name for v in field.enum_type.values[1:])}")
+        case int() if value < 0 and field.name == "starting_offset":
+            raise CapacityOutOfRange(f"{path}: expected a number that is not negative, got {value}")
         case int() if value < 0:
             raise InvalidField(path, value, "a number that is not negative")
 

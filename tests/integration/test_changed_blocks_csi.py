@@ -126,7 +126,7 @@ def refusal_of(backup: Backup, base_id: str, target_id: str, **more: int) -> grp
 def test_refusals_have_the_codes_of_the_specification(rig: Rig, backup: Backup) -> None:
     base, target = backup.cut("base"), backup.cut("target")
     assert refusal_of(backup, base, target, starting_offset=1 << 40) is grpc.StatusCode.OUT_OF_RANGE
-    assert refusal_of(backup, base, target, starting_offset=-1) is grpc.StatusCode.INVALID_ARGUMENT
+    assert refusal_of(backup, base, target, starting_offset=-1) is grpc.StatusCode.OUT_OF_RANGE
     assert refusal_of(backup, NO_SNAPSHOT, target) is grpc.StatusCode.NOT_FOUND
     assert refusal_of(backup, base, "nonsense") is grpc.StatusCode.NOT_FOUND
     other = Backup(rig, rig.volume(raw_block(), size=SIZE))

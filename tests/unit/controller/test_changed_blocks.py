@@ -74,9 +74,11 @@ def test_offsets_are_those_behind_a_luks_header(made: Storage) -> None:
     assert made.asked == [(HEADER + 8192, 7), (HEADER + 8192 + MIB, 7)]
 
 
-def test_an_offset_at_the_end_is_out_of_range() -> None:
+def test_a_stream_is_resumed_at_the_end_and_not_behind_it() -> None:
+    made = changed(storage(metadata=BY_NODE))
+    assert made.allocated("a", GIB, 0, deadline=Deadline.after(10))[0] == GIB
     with pytest.raises(CapacityOutOfRange):
-        changed(storage(metadata=BY_NODE)).allocated("a", GIB, 0, deadline=Deadline.after(10))
+        made.allocated("a", GIB + 1, 0, deadline=Deadline.after(10))
 
 
 @pytest.mark.parametrize(("most", "asked"), [(0, 4096), (1_000_000, 4096), (5, 5)])

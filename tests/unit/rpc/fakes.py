@@ -326,10 +326,14 @@ class FakeGroups:
 
 @dataclass
 class FakeChangedBlocks:
-    """Two pages of everything, and none of an empty snapshot; `breaks`: the error after the first page."""
+    """Two pages of everything, and none of an empty snapshot; `breaks`: the error after the first page.
+
+    `pages`: number of the large ones that follow.
+    """
 
     trace: Trace
     breaks: Exception | None = None
+    pages: int = 0
     calls: list[tuple[object, ...]] = field(default_factory=list)
 
     def allocated(
@@ -351,6 +355,8 @@ class FakeChangedBlocks:
         if self.breaks is not None:
             raise self.breaks
         yield [(1 << 20, 1 << 20)]
+        for _ in range(self.pages):
+            yield [(1 << 30, 1 << 20)] * 4096
 
 
 @dataclass

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from csi_driver.errors import SnapshotNotFound
+from csi_driver.rpc.contract import thread_pools
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.storage_model import Features
 from tests.unit.rpc.fakes import Endpoint, Gate, serving
@@ -88,3 +89,21 @@ def test_the_service_is_named_where_the_storage_tells_changes(tmp_path: Path) ->
         answer = endpoint.identity.GetPluginCapabilities(pb.GetPluginCapabilitiesRequest())
     kinds = [each.service.type for each in answer.capabilities]
     assert pb.PluginCapability.Service.SNAPSHOT_METADATA_SERVICE in kinds
+
+
+def test_an_offset_before_the_start_is_out_of_range(endpoint: Endpoint) -> None:
+    with pytest.raises(grpc.RpcError) as refusal:
+        list(endpoint.changed.GetMetadataAllocated(pb.GetMetadataAllocatedRequest(snapshot_id="a", starting_offset=-1)))
+    assert refusal.value.code() is grpc.StatusCode.OUT_OF_RANGE
+    assert "starting_offset" in str(refusal.value.details())
+
+
+def test_callers_who_take_no_message_delay_no_other_call_and_leave_nothing_behind(tmp_path: Path) -> None:
+    with serving(tmp_path / "csi.sock", pools=thread_pools(read=2, stream=2)) as endpoint:
+        endpoint.changed_fake.pages = 10_000
+        slow = [endpoint.changed.GetMetadataDelta(REQUEST) for _ in range(4)]
+        assert [next(iter(call)).volume_capacity_bytes for call in slow[:2]] == [GIB, GIB]
+        assert endpoint.controller.ListVolumes(pb.ListVolumesRequest(), timeout=120) is not None
+        for call in slow:
+            call.cancel()  # type: ignore[no-untyped-call]
+        assert endpoint.boundary.running.wait_for_none(60) == []
