@@ -149,10 +149,11 @@ def volume_name(csi_name: str) -> str:
 
 
 def snapshot_name(csi_name: str, member: str = "") -> str:
-    """Return a snapshot's name in the storage. `member`: uuid of its volume, for the snapshots of the group
-    `csi_name`.
+    """Return a snapshot's name in the storage. `member`: uuid of its volume, for the snapshots of the group `csi_name`.
+
+    No CSI name has a NUL: none is that of another group's member.
     """
-    return _hashed("snap-", f"{csi_name}\n{member}" if member else csi_name)
+    return _hashed("snap-", f"{csi_name}\0{member}" if member else csi_name)
 
 
 def group_snapshot_name(csi_name: str) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from csi_driver.controller.ports import Clusters
+from csi_driver.controller.ports import Management
 from csi_driver.controller.snapshots import Snapshots
-from csi_driver.controller.volume_lookup import locate, require
+from csi_driver.controller.volume_lookup import require
 from csi_driver.controller.volume_metadata import Origin, descended, encryption_of, history_of, read_creation
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CapacityOutOfRange, InvalidRequest, SnapshotNotFound
-from csi_driver.model import MIB, CapacityRange, RequestedSource
+from csi_driver.model import MIB, CapacityRange, RequestedSource, VolumeHandle
 from csi_driver.parameters.encryption import EncryptionRequest
 from csi_driver.publish_context import Encryption, History
 from csi_driver.storage_model import ContentSource, Snapshot, SourceKind, Volume
@@ -85,9 +85,10 @@ def find_source(snapshots: Snapshots, requested: RequestedSource, *, deadline: D
     return Source(located.zone, descended(requested, volume.uuid, volume.metadata, volume.uuid), volume, encryption)
 
 
-def history_after_copy(clusters: Clusters, origin: Origin, *, deadline: Deadline) -> History:
+def history_after_copy(management: Management, origin: Origin, *, deadline: Deadline) -> History:
     """Return the history of the volume that was copied, as it is now; UNKNOWN if the volume is gone."""
-    located = locate(clusters, origin.source.id, deadline=deadline)
-    if located is None or located.volume.uuid.lower() != origin.uuid:
+    handle = VolumeHandle.parse(origin.source.id)
+    volume = management.volume(handle.name, deadline=deadline) if handle is not None else None
+    if volume is None or volume.uuid.lower() != origin.uuid:
         return History.UNKNOWN
-    return history_of(located.volume.metadata)
+    return history_of(volume.metadata)

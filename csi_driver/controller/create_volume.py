@@ -299,7 +299,7 @@ class _Call:
             if never_returned:
                 self._delete_if_out_of_range(management, volume, reserved)
         if creation.origin is not None and creation.origin.history is None:
-            history = history_after_copy(self.use_case.clusters, creation.origin, deadline=self.deadline)
+            history = history_after_copy(management, creation.origin, deadline=self.deadline)
             management.set_metadata(volume, with_inherited(volume.metadata, history), deadline=self.deadline)
         return described(found.zone, volume, ({self.use_case.settings.topology_key: found.zone},))
 

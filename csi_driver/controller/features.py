@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from csi_driver.controller.ports import Clusters, Management
@@ -23,17 +24,23 @@ class ZoneFeatures:
 
     clusters: Clusters
     pool: ZonePool = ZONE_POOL
-    _told: dict[str, Features] = field(default_factory=dict)
+    _told: dict[str, tuple[Management, Features]] = field(default_factory=dict)
+    """A zone whose settings changed has another client and maybe another engine: that one has not told anything yet."""
 
-    def learn(self, zone: str, *, deadline: Deadline) -> Features:
+    def learn(self, zone: str, *, deadline: Deadline) -> tuple[Management, Features]:
         """Ask the management of a zone."""
-        features = served(self.clusters, zone).system_info(deadline=deadline).features
-        self._told[zone] = features
-        return features
+        management = served(self.clusters, zone)
+        told = self._told[zone] = management, management.system_info(deadline=deadline).features
+        return told
 
-    def has(self, zone: str, feature: str, *, deadline: Deadline) -> bool:
-        known = self._told.get(zone)
-        return getattr(known if known is not None else self.learn(zone, deadline=deadline), feature) is True
+    def _known(self, zone: str) -> tuple[Management, Features] | None:
+        told = self._told.get(zone)
+        return told if told is not None and told[0] is self.clusters.management(zone) else None
+
+    def find(self, zone: str, feature: str, *, deadline: Deadline) -> Management | None:
+        """Return the management of a zone if it has the feature."""
+        management, features = self._known(zone) or self.learn(zone, deadline=deadline)
+        return management if getattr(features, feature) else None
 
     def offered(self, *, deadline: Deadline) -> Features:
         """Return the features of all zones together, for the capabilities that sidecars ask for once at their start.
@@ -41,55 +48,53 @@ class ZoneFeatures:
         A zone that never told and does not answer now may have all: each call to it finds out.
         """
         answers = self._answers(deadline.at_most(_CAPABILITIES_S))
-        told = [answers.get(zone, _ALL) for zone in self.clusters.zones()]
+        told = [answers[zone][1] if zone in answers else _ALL for zone in self.clusters.zones()]
         return Features(
             snapshots=any(each.snapshots for each in told),
             group_snapshots=any(each.group_snapshots for each in told),
             changed_blocks=any(each.changed_blocks for each in told),
         )
 
-    def zones_with(self, feature: str, *, deadline: Deadline) -> list[str]:
+    def zones_with(self, feature: str, *, deadline: Deadline) -> dict[str, Management]:
         """Return the zones with a feature. Raises `NotOffered` if there is none, `StorageUnavailable` while unknown."""
         answers, zones = self._answers(deadline), sorted(self.clusters.zones())
         silent = [zone for zone in zones if zone not in answers]
         if silent:
             raise StorageUnavailable(f"unknown what the storage offers: no response of zone {', '.join(silent)}")
-        found = [zone for zone in zones if getattr(answers[zone], feature)]
+        found = {zone: answers[zone][0] for zone in zones if getattr(answers[zone][1], feature)}
         if not found:
-            raise NotOffered(_refusal(feature, {zone: answers[zone] for zone in zones}))
+            raise NotOffered("; ".join(_refusal(feature, zone, answers[zone][1]) for zone in zones))
         return found
 
     def require(self, zone: str, feature: str, *, deadline: Deadline) -> Management:
         """Return the management of a zone with the feature. Raises `PreconditionFailed` or, if no zone has it,
         `NotOffered`.
         """
-        known = self._told.get(zone)
-        if known is None or not getattr(known, feature):
-            known = self.learn(zone, deadline=deadline)
-        if getattr(known, feature):
-            return served(self.clusters, zone)
-        others = [self._told.get(other) for other in self.clusters.zones()]
-        family = PreconditionFailed if any(each is None or getattr(each, feature) for each in others) else NotOffered
-        raise family(_refusal(feature, {zone: known}))
+        told = self._known(zone)
+        if told is None or not getattr(told[1], feature):
+            told = self.learn(zone, deadline=deadline)
+        management, features = told
+        if getattr(features, feature):
+            return management
+        others = [self._known(other) for other in self.clusters.zones()]
+        may_be = any(each is None or getattr(each[1], feature) for each in others)
+        raise (PreconditionFailed if may_be else NotOffered)(_refusal(feature, zone, features))
 
-    def _answers(self, deadline: Deadline) -> dict[str, Features]:
+    def _answers(self, deadline: Deadline) -> dict[str, tuple[Management, Features]]:
         """Return what the zones told, now or before, without those that are silent."""
-        unknown = [zone for zone in self.clusters.zones() if zone not in self._told]
+        zones = self.clusters.zones()
 
-        def told(zone: str) -> Features | None:
-            try:
-                return self.learn(zone, deadline=deadline)
-            except DriverError:
-                return None
+        def learn(zone: str) -> None:
+            with suppress(DriverError):
+                self.learn(zone, deadline=deadline)
 
-        if unknown:
-            ask(unknown, told, deadline=deadline, pool=self.pool)
-        return dict(self._told)
+        if unknown := [zone for zone in zones if self._known(zone) is None]:
+            ask(unknown, learn, deadline=deadline, pool=self.pool)
+        return {zone: told for zone in zones if (told := self._known(zone)) is not None}
 
 
-def _refusal(feature: str, told: dict[str, Features]) -> str:
-    reasons = (f"the storage of zone {zone} offers no {_NAMES[feature]}: {has.reason}" for zone, has in told.items())
-    return "; ".join(reasons)
+def _refusal(feature: str, zone: str, has: Features) -> str:
+    return f"the storage of zone {zone} offers no {_NAMES[feature]}: {has.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class GroupSnapshots:
         if group is None or not group.is_ready:
             sources = [self._source(volume_id, deadline=deadline) for volume_id in source_volume_ids]
             _refuse_twice([source.volume.uuid for source in sources])
-            metadata = snapshot_metadata(None, name)
+            metadata = snapshot_metadata(zone, None, name)
             group = management.create_snapshot_group(
                 group_snapshot_name(name), [_member(name, source) for source in sources], metadata, deadline=deadline
             )
@@ -83,9 +83,10 @@ class GroupSnapshots:
 
     def get(self, group_id: str, snapshot_ids: Sequence[str], *, deadline: Deadline) -> CutGroup:
         wanted = SnapshotId.parse(group_id)
-        if wanted is None or self.features.clusters.management(wanted.zone) is None:
+        zone = wanted.zone_in(self.features.clusters) if wanted is not None else None
+        if wanted is None or zone is None:
             raise GroupNotFound(group_id)
-        management = self.features.require(wanted.zone, _FEATURE, deadline=deadline)
+        management = self.features.require(zone, _FEATURE, deadline=deadline)
         group = management.snapshot_group(wanted.name, deadline=deadline)
         if group is None or group.uuid.lower() != wanted.uuid or not group.is_ready:
             raise GroupNotFound(group_id)
@@ -136,7 +137,7 @@ def _refuse_twice(uuids: Sequence[str]) -> set[str]:
 
 def _member(name: str, source: Located) -> NewMember:
     uuid = source.volume.uuid.lower()
-    return NewMember(snapshot_name(name, uuid), source.volume, snapshot_metadata(source.volume_id, None))
+    return NewMember(snapshot_name(name, uuid), source.volume, snapshot_metadata(source.zone, source.volume_id, None))
 
 
 def _refuse_mismatch(group_id: str, zone: str, group: SnapshotGroup, snapshot_ids: Sequence[str]) -> None:
@@ -147,5 +148,5 @@ def _refuse_mismatch(group_id: str, zone: str, group: SnapshotGroup, snapshot_id
 
 
 def _described(zone: str, group: SnapshotGroup) -> CutGroup:
-    group_id = str(SnapshotId(zone, group.name, group.uuid))
-    return CutGroup(group_id, group.created, tuple(described(zone, member) for member in group.snapshots))
+    snapshots = tuple(described(zone, member) for member in group.snapshots)
+    return CutGroup(snapshots[0].group_snapshot_id, group.created, snapshots)

@@ -27,6 +27,7 @@ PAGE_BYTES = 3 << 20
 and external-attacher, which asks for everything, follows tokens."""
 
 _VERSION = "v1."
+"""Distinguishes tokens of volumes from those of other lists and versions."""
 _LAST = "~"
 """Sorts after the marks of all handles of a volume."""
 
@@ -39,20 +40,20 @@ class Position:
     name: str
     handle_mark: str = _LAST
 
-    def token(self) -> str:
+    def token(self, kind: str = _VERSION) -> str:
         text = f"{self.zone_mark}\n{self.name}\n{self.handle_mark}"
-        return _VERSION + base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+        return kind + base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def read_token(token: str) -> Position:
-    encoded = token.removeprefix(_VERSION)
+def read_token(token: str, kind: str = _VERSION) -> Position:
+    encoded = token.removeprefix(kind)
     try:
         if encoded == token:
-            raise ValueError("another version")
+            raise ValueError("of another list or version")
         text = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True).decode()
         zone_mark, name, handle_mark = text.split("\n")
     except (binascii.Error, ValueError) as error:
-        raise StaleToken(f"starting_token {shown(token)} is not this driver's; start again without a token") from error
+        raise StaleToken(f"starting_token {shown(token)} is not of this list; start again without a token") from error
     return Position(zone_mark, name, handle_mark)
 
 

@@ -16,7 +16,7 @@ from csi_driver.controller.list_volumes import PAGE_BYTES, Position, mark_of, re
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import Located, ZoneNotServed, locate, require, zones_of
 from csi_driver.controller.volume_metadata import OWN_KEY, header_bytes
-from csi_driver.controller.zones import ask, served
+from csi_driver.controller.zones import ask
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     ExistsDifferently,
@@ -24,7 +24,6 @@ from csi_driver.errors import (
     OperationPending,
     PreconditionFailed,
     SnapshotNotFound,
-    StaleToken,
     VolumeNotFound,
     shown,
 )
@@ -34,8 +33,7 @@ from csi_driver.storage_model import Snapshot
 
 _log = logging.getLogger(__name__)
 
-_LIST = "snapshots"
-"""Distinguishes tokens of ListSnapshots from those of ListVolumes."""
+_TOKENS = "s1."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,10 @@ class SnapshotId:
         if handle is None or handle.zone is None or handle.uuid is None or handle.reference is not None:
             return None
         return cls(handle.zone, handle.name, handle.uuid)
+
+    def zone_in(self, clusters: Clusters) -> str | None:
+        """Return the zone that its zone is now; None if it is not served."""
+        return next(iter(zones_of(clusters, VolumeHandle(self.name, self.zone))), None)
 
     def __str__(self) -> str:
         return VolumeHandle(self.name, self.zone, self.uuid).format()
@@ -83,7 +85,7 @@ class Snapshots:
         management = self.features.require(source.zone, "snapshots", deadline=deadline)
         refuse_unusable(source)
         self._refuse_elsewhere(name, source, deadline=deadline)
-        metadata = snapshot_metadata(source_volume_id, name)
+        metadata = snapshot_metadata(source.zone, source_volume_id, name)
         snapshot = management.create_snapshot(snapshot_name(name), source.volume, metadata, deadline=deadline)
         if snapshot.volume_uuid.lower() != source.volume.uuid.lower():
             raise _differs(name, source_volume_id, source_of(source.zone, snapshot))
@@ -119,9 +121,10 @@ class Snapshots:
                 raise _differs(name, source.volume_id, source_of(zone, snapshot))
 
     def _named(self, zone: str, name: str, *, deadline: Deadline) -> Snapshot | None:
-        if not self.features.has(zone, "snapshots", deadline=deadline):
+        management = self.features.find(zone, "snapshots", deadline=deadline)
+        if management is None:
             return None
-        snapshot = served(self.clusters, zone).snapshot(snapshot_name(name), deadline=deadline)
+        snapshot = management.snapshot(snapshot_name(name), deadline=deadline)
         return snapshot if snapshot is not None and snapshot.is_ready else None
 
     def delete(self, snapshot_id: str, *, deadline: Deadline) -> None:
@@ -142,13 +145,14 @@ class Snapshots:
     def find(self, snapshot_id: str, *, deadline: Deadline) -> FoundSnapshot | None:
         """Find the snapshot of a CSI id; None if there is none that is cut."""
         wanted = SnapshotId.parse(snapshot_id)
-        if wanted is None or self.clusters.management(wanted.zone) is None:
+        zone = wanted.zone_in(self.clusters) if wanted is not None else None
+        if wanted is None or zone is None:
             return None
-        management = self.features.require(wanted.zone, "snapshots", deadline=deadline)
+        management = self.features.require(zone, "snapshots", deadline=deadline)
         snapshot = management.snapshot(wanted.name, deadline=deadline)
         if snapshot is None or snapshot.uuid.lower() != wanted.uuid or not snapshot.is_ready:
             return None
-        return FoundSnapshot(wanted.zone, management, snapshot)
+        return FoundSnapshot(zone, management, snapshot)
 
     def page(
         self,
@@ -164,46 +168,35 @@ class Snapshots:
 
         `add` returns the bytes of the entry in the message.
         """
-        zones = self.features.zones_with("snapshots", deadline=deadline)
-        start = read_token(starting_token) if starting_token else None
-        if start is not None and start.handle_mark != _LIST:
-            raise StaleToken(f"starting_token {shown(starting_token)} is of another list; start again without a token")
-        zones = zones_from(zones, start, starting_token)
-        entries = self._entries(zones, start, max_entries, source_volume_id, snapshot_id, deadline=deadline)
-        size, last = 0, None
-        for count, (zone, snapshot) in enumerate(entries):
-            if last is not None and (size > PAGE_BYTES or count == max_entries):
-                return last.token()
-            size += add(described(zone, snapshot))
-            last = Position(mark_of(zone), snapshot.name, _LIST)
-        return ""
-
-    def _entries(
-        self,
-        zones: Sequence[str],
-        start: Position | None,
-        page: int,
-        source_volume_id: str,
-        snapshot_id: str,
-        *,
-        deadline: Deadline,
-    ) -> Iterator[tuple[str, Snapshot]]:
-        volume_uuid = None
-        if source_volume_id:
-            volume_uuid = self._volume_uuid(source_volume_id, deadline=deadline)
-            if volume_uuid is None:
-                return
-        if snapshot_id:
+        start = read_token(starting_token, _TOKENS) if starting_token else None
+        volume_uuid = self._volume_uuid(source_volume_id, deadline=deadline) if source_volume_id else None
+        if source_volume_id and volume_uuid is None:
+            return ""
+        if snapshot_id:  # other zones are not asked, which may be silent
             found = self.find(snapshot_id, deadline=deadline)
             if found is not None and volume_uuid in (None, found.snapshot.volume_uuid.lower()):
-                yield found.zone, found.snapshot
-            return
+                add(described(found.zone, found.snapshot))
+            return ""
+        managements = self.features.zones_with("snapshots", deadline=deadline)
+        zones = zones_from(list(managements), start, starting_token)
 
         def in_zone(zone: str) -> Iterator[Snapshot]:
             after = start.name if start is not None and zone == zones[0] else ""
-            return _cut_in(served(self.clusters, zone), after, page, volume_uuid, deadline=deadline)
+            return _cut_in(managements[zone], after, max_entries, volume_uuid, deadline=deadline)
 
-        if page or len(zones) == 1:
+        size, last = 0, None
+        for count, (zone, snapshot) in enumerate(self._in_all(zones, in_zone, bool(max_entries), deadline=deadline)):
+            if last is not None and (size > PAGE_BYTES or count == max_entries):
+                return last.token(_TOKENS)
+            size += add(described(zone, snapshot))
+            last = Position(mark_of(zone), snapshot.name)
+        return ""
+
+    def _in_all(
+        self, zones: Sequence[str], in_zone: Callable[[str], Iterator[Snapshot]], is_page: bool, *, deadline: Deadline
+    ) -> Iterator[tuple[str, Snapshot]]:
+
+        if is_page or len(zones) == 1:
             for zone in zones:
                 yield from ((zone, snapshot) for snapshot in in_zone(zone))
             return
@@ -239,6 +232,7 @@ def _cut_in(
 
 
 def described(zone: str, snapshot: Snapshot) -> CutSnapshot:
+    zone = _text_of(snapshot, "zone") or zone
     native = snapshot.encryption
     header = native.header_bytes if native is not None else header_bytes(snapshot.source_metadata)
     group_id = ""
@@ -253,22 +247,24 @@ def described(zone: str, snapshot: Snapshot) -> CutSnapshot:
     )
 
 
-def snapshot_metadata(source_volume_id: str | None, csi_name: str | None) -> dict[str, object]:
+def snapshot_metadata(zone: str, source_volume_id: str | None, csi_name: str | None) -> dict[str, object]:
     """Return the metadata of a new snapshot or group. The id of the volume is kept as the caller wrote it: the
-    snapshot-controller finds the volumes of a group by comparing it.
+    snapshot-controller finds the volumes of a group by comparing it. The zone keeps ids the same when it gets a name.
     """
-    own: dict[str, object] = {"format": 1, "created": True}
+    own: dict[str, object] = {"format": 1, "created": True, "zone": zone}
     if source_volume_id is not None:
         own["source"] = source_volume_id
     return {OWN_KEY: own} if csi_name is None else {"csi_name": csi_name, OWN_KEY: own}
 
 
 def source_of(zone: str, snapshot: Snapshot) -> str:
+    return _text_of(snapshot, "source") or VolumeHandle(snapshot.volume_name, zone, snapshot.volume_uuid).format()
+
+
+def _text_of(snapshot: Snapshot, key: str) -> str:
     own = snapshot.metadata.get(OWN_KEY)
-    given = own.get("source") if isinstance(own, dict) else None
-    if isinstance(given, str) and given:
-        return given
-    return VolumeHandle(snapshot.volume_name, zone, snapshot.volume_uuid).format()
+    text = own.get(key) if isinstance(own, dict) else None
+    return text if isinstance(text, str) else ""
 
 
 def refuse_unusable(source: Located) -> None:
@@ -291,11 +287,12 @@ def management_of(
     """Return the management of the zone of an id. Raises `PreconditionFailed` if the zone is not served now: success
     would leave the snapshot there when the zone comes back.
     """
-    if features.clusters.management(wanted.zone) is None:
+    zone = wanted.zone_in(features.clusters)
+    if zone is None:
         raise PreconditionFailed(
             f"snapshot {shown(text)} lies in zone {shown(wanted.zone)}, which this driver does not serve"
         )
-    return features.require(wanted.zone, feature, deadline=deadline)
+    return features.require(zone, feature, deadline=deadline)
 
 
 def _differs(name: str, expected: str, got: str) -> ExistsDifferently:

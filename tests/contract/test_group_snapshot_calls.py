@@ -17,7 +17,7 @@ from csi_driver.errors import (
     PreconditionFailed,
     VolumeNotFound,
 )
-from csi_driver.model import CutGroup
+from csi_driver.model import CutGroup, VolumeHandle
 from tests.contract.snapshot_zones import Kind, Zones, zones_of
 from tests.contract.test_snapshots import MEANINGLESS, UUID
 
@@ -138,3 +138,10 @@ def test_without_reflinks_each_call_names_the_engine(tmp_path: Path) -> None:
             zones.get_group(group_id, "a snapshot")
         with refusal:
             zones.delete_group(group_id, "a snapshot")
+
+
+def test_no_name_of_a_snapshot_is_that_of_a_member_of_a_group(zones: Zones, volumes: list[str]) -> None:
+    group = zones.cut_group("g", volumes[0])
+    handle = VolumeHandle.parse(volumes[0])
+    assert handle is not None
+    assert zones.cut(f"g\n{handle.uuid}", volumes[0]).snapshot_id not in ids(group)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.controller.list_volumes import Position, read_token
 from csi_driver.embedded.model import CUTTING, SNAPSHOTS
 from csi_driver.embedded.store import Change
 from csi_driver.errors import (
@@ -21,10 +22,12 @@ from csi_driver.errors import (
     PreconditionFailed,
     SnapshotNotFound,
     StaleToken,
+    StorageUnavailable,
     VolumeNotFound,
 )
-from csi_driver.model import GIB, VolumeHandle
+from csi_driver.model import DEFAULT_ZONE, GIB, VolumeHandle
 from tests.contract.snapshot_zones import Kind, Zones, zones_of
+from tests.fakes.management import FakeManagement
 
 UUID = "01234567-89ab-4def-8123-456789abcdef"
 MEANINGLESS = ["", "not an id", "csi-1", "a:csi-1", "a::", "a:snap-1:no-uuid", f"a:snap-1:{UUID}:reference", "x" * 400]
@@ -213,14 +216,42 @@ def test_an_id_without_meaning_lists_nothing(one: Zones, which: str, meaningless
     assert one.listed(0, **{which: meaningless}) == []
 
 
+def test_a_snapshot_is_listed_by_its_id_while_another_zone_never_answered(two: Zones) -> None:
+    snapshot = two.cut("s1", two.volume(zone="a").volume_id)
+    two.restart_controller()
+    silent = two.managements["nvmesh"] = FakeManagement()
+    silent.is_reachable = False
+    assert two.page(snapshot_id=snapshot.snapshot_id) == ([snapshot], "")
+    with pytest.raises(StorageUnavailable, match="no response of zone nvmesh"):
+        two.page()
+
+
+def test_the_id_of_a_snapshot_keeps_its_meaning_when_the_only_zone_gets_a_name(tmp_path: Path) -> None:
+    with zones_of(tmp_path, **{DEFAULT_ZONE: Kind.REFLINKS}) as zones:
+        source = zones.volume().volume_id
+        snapshot, group = zones.cut("s1", source), zones.cut_group("g", source)
+        zones.managements = {"a": zones.managements[DEFAULT_ZONE]}
+        zones.restart_controller()
+        assert zones.cut("s1", source) == zones.get(snapshot.snapshot_id) == snapshot
+        assert zones.page(snapshot_id=snapshot.snapshot_id) == ([snapshot], "")
+        assert zones.cut_group("g", source) == group
+        members = [each.snapshot_id for each in group.snapshots]
+        assert zones.get_group(group.group_snapshot_id, *members) == group
+        zones.delete_group(group.group_snapshot_id, *members)
+        zones.delete(snapshot.snapshot_id)
+        assert zones.listed() == []
+
+
 def test_tokens_of_other_lists_and_zones_that_are_gone_are_stale(two: Zones) -> None:
     source = two.volume(zone="b").volume_id
     two.cut("s1", source)
     two.cut("s2", source)
     _, token = two.page(1)
-    for wrong in ("nonsense", "v1.YQpiCn4"):
+    for wrong in ("nonsense", "v1.YQpiCn4", Position("a", "b").token()):
         with pytest.raises(StaleToken):
             two.page(1, wrong)
+    with pytest.raises(StaleToken):
+        read_token(token)
     del two.managements["b"]
     two.restart_controller()
     with pytest.raises(StaleToken):

@@ -97,7 +97,7 @@ def test_a_refusal_rests_on_a_new_answer_and_a_cut_on_the_last_one() -> None:
 
 def test_the_zones_to_list_are_those_with_snapshots() -> None:
     zones = Zones(b=REFLINKS, c=NVMESH_FEATURES, a=REFLINKS)
-    assert zones.features.zones_with("snapshots", deadline=zones.deadline()) == ["a", "b"]
+    assert zones.features.zones_with("snapshots", deadline=zones.deadline()).keys() == {"a", "b"}
 
 
 def test_a_silent_zone_may_have_snapshots_so_that_a_list_without_it_is_refused() -> None:
@@ -105,3 +105,13 @@ def test_a_silent_zone_may_have_snapshots_so_that_a_list_without_it_is_refused()
     zones.managements["b"].is_reachable = False
     with pytest.raises(StorageUnavailable, match="no response of zone b"):
         zones.features.zones_with("snapshots", deadline=zones.deadline())
+
+
+def test_a_zone_whose_settings_changed_has_told_nothing_so_that_no_route_is_used_that_its_engine_lacks() -> None:
+    zones = Zones(a=REFLINKS)
+    zones.features.require("a", "snapshots", deadline=zones.deadline())
+    zones.managements["a"] = FakeManagement()
+    with pytest.raises(NotOffered, match="NVMesh"):
+        zones.features.require("a", "snapshots", deadline=zones.deadline())
+    assert zones.features.find("a", "snapshots", deadline=zones.deadline()) is None
+    assert zones.features.offered(deadline=zones.deadline()) == Features()
