@@ -13,10 +13,11 @@ import mmap
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -126,6 +127,21 @@ class World:
         pool = self.rig.directory / "pool"
         return {kind: {each.name for each in (pool / kind).glob("*")} for kind in ("volumes", "snapshots", "private")}
 
+    def rows(self) -> int:
+        """Count the rows of volumes, snapshots and groups in the manager's database, also of what is in no list."""
+        database = f"file:{self.rig.directory}/pool/manager.sqlite?mode=ro"
+        kinds = ("volumes", "snapshots", "snapshotGroups", "attachments")
+        with contextlib.closing(sqlite3.connect(database, uri=True, timeout=60)) as opened:
+            (count,) = opened.execute("SELECT count(*) FROM documents WHERE kind IN (?, ?, ?, ?)", kinds).fetchone()
+        return int(count)
+
+    def listed(self) -> dict[str, set[str]]:
+        """Return the files that the lists of the driver ask for; there are no readers."""
+        volumes = {each.volume.volume_id for each in self.controller.volumes()}
+        snapshots = {each.snapshot_id for each in self.controller.snapshots()}
+        ids = {"volumes": volumes, "snapshots": snapshots, "private": set[str]()}
+        return {kind: {f"{each.split(':')[2]}.img" for each in found} for kind, found in ids.items()}
+
 
 def until_done(call: Callable[[], T], *refusals: str) -> T:
     """Repeat a call until it is done, or refused in one of the ways that are allowed."""
@@ -197,7 +213,7 @@ class Worker:
         steps: dict[Callable[[], None], int] = {
             self.create: 2, self.move: 3, self.write: 8, self.cut: 6, self.cut_while_written: 3, self.cut_group: 3,
             self.restore: 4, self.clone: 3, self.expand: 2, self.fan_out: 2, self.delete_snapshot: 3,
-            self.delete_group: 2, self.delete_volume: 3, self.look: 2, self.compare: 3,
+            self.delete_group: 2, self.delete_volume: 3, self.look: 2, self.compare: 3, self.abandon: 4,
         }  # fmt: skip
         step = self.chance.choices(list(steps), list(steps.values()))[0]
         self.doing = step.__name__
@@ -472,6 +488,23 @@ class Worker:
                     changed,
                 )
 
+    def abandon(self) -> None:
+        """Begin something and never ask for it again, whether or not it was made."""
+        volume, name = self.any_volume(), self.name("abandoned")
+        if volume is None:
+            return
+        controller = self.world.controller
+        calls: list[Callable[[], object]] = [
+            lambda: controller.cut(name, volume.id),
+            lambda: controller.cut_group(name, [volume.id]),
+            lambda: controller.create_volume(
+                name, required_bytes=volume.size, capabilities=[volume.capability], source=volume.id
+            ),
+        ]
+        self.world.changing.set()
+        with contextlib.suppress(CallFailed):
+            self.chance.choice(calls)()
+
     # --- the end ----------------------------------------------------------------------------------------------
 
     def verify_all(self) -> None:
@@ -526,6 +559,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(rig, other)
 
 
+def delete_abandoned(world: World, workers: Sequence[Worker]) -> None:
+    """Delete what was made and never asked for again; all else is listed."""
+    controller = world.controller
+    snapshots = {each.snapshot_id: each for each in controller.snapshots()}
+    volumes = {each.volume.volume_id for each in controller.volumes()}
+    known = {each.id for worker in workers for each in worker.all_snapshots()}
+    known_volumes = {each.id for worker in workers for each in worker.volumes}
+    assert known <= snapshots.keys()
+    assert known_volumes <= volumes
+    for identity in snapshots.keys() - known:
+        if group := snapshots[identity].group_snapshot_id:
+            controller.delete_group(pb.VolumeGroupSnapshot(group_snapshot_id=group, snapshots=[snapshots[identity]]))
+        else:
+            controller.delete_snapshot(identity)
+    for identity in volumes - known_volumes:
+        controller.delete_volume(identity)
+
+
 def test_nothing_is_lost_half_made_or_left_while_every_role_is_killed(world: World) -> None:
     print(f"seed {SEED}, {SECONDS:g} s")
     chance = random.Random(SEED)
@@ -548,22 +599,14 @@ def test_nothing_is_lost_half_made_or_left_while_every_role_is_killed(world: Wor
     assert thaw_all(world) == []
     for worker in workers:
         worker.verify_all()
-    known = {each.id for worker in workers for each in worker.all_snapshots()}
-    assert {each.snapshot_id for each in world.controller.snapshots()} == known
-    assert {each.volume.volume_id for each in world.controller.volumes()} == {
-        each.id for worker in workers for each in worker.volumes
-    }
-    names = {
-        "volumes": {f"{each.id.split(':')[2]}.img" for worker in workers for each in worker.volumes},
-        "snapshots": {f"{each.split(':')[2]}.img" for each in known},
-        "private": set(),
-    }
-    wait_for(lambda: world.files() == names, f"the files {names}, not {world.files()}", 60)
+    wait_for(lambda: world.files() == world.listed(), "files for what is listed, and for nothing else", 60)
+    delete_abandoned(world, workers)
     for worker in workers:
         worker.delete_all()
     wait_for(lambda: world.files() == before[0], f"no files: {world.files()}", 60)
     assert list(world.controller.volumes()) == []
     assert list(world.controller.snapshots()) == []
+    wait_for(lambda: world.rows() == 0, "no rows", 60)
     assert loops_over(world.rig.directory) == []
     assert mounts_below(world.paths) == []
     wait_for(lambda: used_mib(world.rig.directory) <= before[1] + 16, "the space to be free again", 60)
