@@ -57,7 +57,7 @@ def read_client(value: str) -> ClientSettings:
     return ClientSettings.under(*read_named_directory(value))
 
 
-@reader("FACTOR")
+@reader("FACTOR", "multiples of that space")
 def read_factor(value: str) -> float:
     if not (re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", value) and float(value) <= _MOST_TIMES):
         raise ValueError(f"a number from 0 to {_MOST_TIMES}")
