@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Put the tools that the Makefile installs on PATH, for runs without make."""
     tools = HERE.parent / ".cache" / "bin"
     os.environ["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    # A run that is ended removes its mounts and loop devices, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
