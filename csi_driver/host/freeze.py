@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import select
+import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,19 +118,17 @@ class Freezer:
 
     def _record(self, path: Path, mounted: Sequence[_Mounted]) -> int:
         """Record on disk what will be frozen; return the open record with its lock, which the guard inherits."""
-        draft = path.with_name(f".{path.name}")
         known = [{"device": str(each.number), "sequence": _sequence(each.number)} for each in mounted]
         text = json.dumps({"boot": _boot_id(), "filesystems": known}).encode()
-        fd = open_file(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        fd = open_file(self.directory, os.O_TMPFILE | os.O_RDWR)
         try:
-            with system_call(f"write {draft}"):
+            with system_call(f"write {path}"):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.write(fd, text + b"\n" + freeze_guard.NOT_BEGUN * len(mounted))
                 os.fsync(fd)
-                os.rename(draft, path)
+                os.link(fd_path(fd), path, src_dir_fd=fd)  # without a directory it does not follow links
         except BaseException:
             os.close(fd)
-            draft.unlink(missing_ok=True)
             raise
         return fd
 
@@ -180,9 +179,9 @@ def _places(record: int) -> list[int]:
 def _left(record: int) -> dict[int, DeviceNumber]:
     """Return the devices whose filesystem may be frozen by a record, by the offset of their state."""
     head, _, states = os.pread(record, _MOST_RECORD_BYTES, 0).partition(b"\n")
-    known = json.loads(head)
-    if known["boot"] != _boot_id():
+    if _boot_id().encode() not in head:  # also a record that a power failure damaged
         return {}
+    known = json.loads(head)
     found = {}
     for place, each, state in zip(_places(record), known["filesystems"], states, strict=True):
         number = DeviceNumber.parse(each["device"])
@@ -251,6 +250,7 @@ class _Guard:
         """Let it thaw and end; False if a filesystem does not let it, and the record must be left to it."""
         os.close(self.commands)
         os.close(self.reports)
+        os.kill(self.pid, signal.SIGCONT)  # another program may have stopped it
         return processes.collect(self.pid, _GRACE_S)
 
     def wait(self, within_s: float) -> str:

@@ -35,6 +35,7 @@ FREEZE_COMMAND, THAW_COMMAND = b"freeze\n", b"thaw\n"
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # include/uapi/linux/fs.h
 _BTRFS_IOC_FS_INFO = 0x8400941F
+_PR_SET_PDEATHSIG = 1
 
 
 class Filesystem:
@@ -189,6 +190,8 @@ def command(until_s: float) -> bytes:
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
+    # When the manager is killed, it must see that, also if another program has stopped it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     with open(0, "rb", buffering=0, closefd=False) as commands:
         guard = Guard(json.loads(commands.readline()))
     if not guard.limit_s:

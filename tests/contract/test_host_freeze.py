@@ -22,7 +22,7 @@ from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.freeze import Freezer, _Mounted
 from csi_driver.host.syscalls import closing
-from csi_driver.host_model import DeviceNumber
+from csi_driver.host_model import DeviceNumber, LoopDevice
 from tests.integration.stalling_disk import stalling_disk
 from tests.reflink_pool import MIB, mounted
 
@@ -76,8 +76,12 @@ class Machine:
         with file.open("wb") as made:
             made.truncate(64 * MIB)
         device = self.loops.attach(file, self.device(name), label=LABEL.format(name), read_only=False)
-        self.stack.callback(self.loops.detach, device)
+        self.stack.callback(self.detach, device)
         return file
+
+    def detach(self, device: LoopDevice) -> None:
+        """Detach a device, which the kernel may still use for a moment."""
+        assert Deadline.after(30).wait_until(lambda: self.loops.detach(device))
 
     def device(self, name: str) -> Path:
         return self.directory / f"device-{name}"
@@ -162,6 +166,27 @@ def test_a_guard_that_is_killed_is_replaced(machine: Machine) -> None:
     assert machine.records() == []
 
 
+def test_a_guard_that_is_stopped_goes_on_at_the_end(machine: Machine) -> None:
+    file, place = machine.volume("a"), machine.mount("a")
+    with machine.freezer().held([file], limit_s=LIMIT_S) as end:
+        os.kill(guard_of(os.getpid()), signal.SIGSTOP)
+        with pytest.raises(NotFreezable):
+            end()
+    assert Deadline.after(30).wait_until(lambda: not is_frozen(place))
+    assert machine.freezer().recover()
+    assert machine.records() == []
+
+
+def test_filesystems_are_thawed_when_the_guard_was_stopped_and_the_manager_is_killed(machine: Machine) -> None:
+    file, place = machine.volume("a"), machine.mount("a")
+    with holding(machine, file) as manager:
+        os.kill(guard_of(manager.pid), signal.SIGSTOP)
+        manager.kill()
+    assert Deadline.after(30).wait_until(lambda: not is_frozen(place))
+    assert Deadline.after(30).wait_until(machine.freezer().recover)
+    assert machine.records() == []
+
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -233,26 +258,25 @@ def number_of(device: Path) -> DeviceNumber:
 
 def test_a_filesystem_that_does_not_answer_holds_up_nothing(machine: Machine) -> None:
     machine.volume("a")
-    with contextlib.ExitStack() as stack:
-        disk = stack.enter_context(stalling_disk(machine.directory, 64 * MIB))
-        device = machine.loops.attach(disk.path, machine.device("b"), label=LABEL.format("b"), read_only=False)
-        stack.callback(machine.loops.detach, device)
-        places = {"a": machine.mount("a"), "b": machine.mount("b", "-o", "nobarrier")}
-        run("sync", "-f", places["b"])
-        disk.stall()
-        try:
-            refused = pytest.raises(NotFreezable, match="did not answer")
-            mounted = [_Mounted(number_of(machine.device(name)), (str(place),)) for name, place in places.items()]
-            with refused, machine.freezer()._guarded(mounted, 1.0):
-                pass
-            assert not is_frozen(places["a"])
-            assert len(machine.records()) == 1
-            assert not machine.freezer().recover()
-        finally:
-            disk.go_on()
-        assert Deadline.after(30).wait_until(machine.freezer().recover)
-        assert not is_frozen(places["b"])
-        assert machine.records() == []
+    disk = machine.stack.enter_context(stalling_disk(machine.directory, 64 * MIB))
+    device = machine.loops.attach(disk.path, machine.device("b"), label=LABEL.format("b"), read_only=False)
+    machine.stack.callback(machine.detach, device)
+    places = {"a": machine.mount("a"), "b": machine.mount("b", "-o", "nobarrier")}
+    run("sync", "-f", places["b"])
+    disk.stall()
+    try:
+        refused = pytest.raises(NotFreezable, match="did not answer")
+        mounted = [_Mounted(number_of(machine.device(name)), (str(place),)) for name, place in places.items()]
+        with refused, machine.freezer()._guarded(mounted, 1.0):
+            pass
+        assert not is_frozen(places["a"])
+        assert len(machine.records()) == 1
+        assert not machine.freezer().recover()
+    finally:
+        disk.go_on()
+    assert Deadline.after(30).wait_until(machine.freezer().recover)
+    assert not is_frozen(places["b"])
+    assert machine.records() == []
 
 
 def test_a_raw_device_that_is_open_is_refused(machine: Machine) -> None:
@@ -314,7 +338,7 @@ def test_a_filesystem_of_another_kind_is_frozen(machine: Machine, make: str) -> 
     with file.open("wb") as made:
         made.truncate(320 * MIB)
     device = machine.loops.attach(file, machine.device("a"), label=LABEL.format("a"), read_only=False)
-    machine.stack.callback(machine.loops.detach, device)
+    machine.stack.callback(machine.detach, device)
     place = machine.mount("a", make=make)
     with machine.freezer().held([file], limit_s=LIMIT_S) as end:
         assert is_frozen(place)
@@ -359,7 +383,7 @@ def test_a_read_only_device_is_left_alone(machine: Machine) -> None:
     file = machine.pool / "a.img"
     file.write_bytes(bytes(MIB))
     device = machine.loops.attach(file, machine.device("a"), label=LABEL.format("a"), read_only=True)
-    machine.stack.callback(machine.loops.detach, device)
+    machine.stack.callback(machine.detach, device)
     with machine.device("a").open("rb"), machine.freezer().held([file], limit_s=LIMIT_S) as end:
         end()
 
@@ -403,3 +427,25 @@ def test_a_record_of_an_earlier_boot_thaws_nothing(machine: Machine) -> None:
     assert Deadline.after(30).wait_until(machine.freezer().recover)
     assert is_frozen(place)
     assert machine.records() == []
+
+
+def test_a_damaged_record_keeps_no_manager_from_its_start(machine: Machine) -> None:
+    (machine.pool / "frozen.1").write_bytes(bytes(64))
+    (machine.pool / "frozen.2").touch()
+    assert machine.freezer().recover()
+    assert machine.records() == []
+
+
+def test_a_kill_before_the_record_has_its_name_leaves_no_file(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = machine.volume("a"), machine.mount("a")
+    seen: list[list[Path]] = []
+
+    def note(fd: int) -> None:
+        seen.append(machine.records())
+
+    monkeypatch.setattr("csi_driver.host.freeze.os.fsync", note)
+    with machine.freezer().held([file], limit_s=LIMIT_S) as end:
+        end()
+    assert seen == [[]]
