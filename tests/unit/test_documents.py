@@ -11,7 +11,9 @@ import pytest
 from csi_driver.compat import clusters as old_clusters
 from csi_driver.management.clusters import ZONE_KEYS, parse_clusters
 from csi_driver.management.settings import ClusterDefaults, ManagementSettings
+from csi_driver.rpc import services
 from csi_driver.rpc.boundary import CODES
+from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.documents import NAMES, ROOT, anchors, code, fenced, table, text_of, unfenced
 from tests.unit.test_data_safety_document import defined
 
@@ -50,6 +52,14 @@ def _linked_from(name: str) -> set[str]:
     targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", unfenced(text_of(name)))
     paths = {((ROOT / name).parent / target).resolve() for target in targets if not re.match(r"[a-z]+:", target)}
     return {str(path.relative_to(ROOT)) for path in paths} & set(NAMES)
+
+
+def test_the_readme_lists_every_capability() -> None:
+    known = set().union(*(names for name, names in vars(services).items() if name.endswith("_CAPABILITIES")))
+    rows = re.findall(r"(?m)^\| .*$", text_of("README.md").partition("## Features")[2].partition("\n## ")[0])
+    listed = set(re.findall(r"[A-Z]+(?:_[A-Z]+)+", "".join(rows)))
+    plugin = set(pb.PluginCapability.Service.Type.keys()) - {"UNKNOWN", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS"}
+    assert listed == known | plugin | {"CREATE_DELETE_GET_VOLUME_GROUP_SNAPSHOT"}
 
 
 @pytest.mark.parametrize("name", NAMES)
