@@ -342,6 +342,8 @@ class Features:
     group_snapshots: bool = False
     changed_blocks: bool = False
     reason: str = ""
+    deletions: bool = False
+    """Of snapshots that were cut before, also where none can be cut any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,12 @@ from csi_driver.storage_model import Features
 _CAPABILITIES_S = 5.0
 _REACHABLE_S = 2.0
 _ALL = Features(snapshots=True, group_snapshots=True, changed_blocks=True)
-_NAMES = {"snapshots": "snapshots", "group_snapshots": "group snapshots", "changed_blocks": "lists of changed blocks"}
+_NAMES = {
+    "snapshots": "snapshots",
+    "deletions": "snapshots",
+    "group_snapshots": "group snapshots",
+    "changed_blocks": "lists of changed blocks",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from csi_driver.controller.features import ZoneFeatures
 from csi_driver.controller.snapshots import (
     SnapshotId,
     check_parameters,
+    deleter_of,
     described,
-    management_of,
     refuse_unusable,
     snapshot_metadata,
 )
@@ -73,7 +73,7 @@ class GroupSnapshots:
         wanted = SnapshotId.parse(group_id)
         if wanted is None:
             return
-        management = management_of(self.features, group_id, wanted, _FEATURE, deadline=deadline)
+        management = deleter_of(self.features, group_id, wanted, deadline=deadline)
         group = management.snapshot_group(wanted.name, deadline=deadline)
         if group is None or group.uuid.lower() != wanted.uuid:
             return

@@ -132,7 +132,7 @@ class Snapshots:
         wanted = SnapshotId.parse(snapshot_id)
         if wanted is None:
             return
-        management = management_of(self.features, snapshot_id, wanted, "snapshots", deadline=deadline)
+        management = deleter_of(self.features, snapshot_id, wanted, deadline=deadline)
         management.delete_snapshot(wanted.name, wanted.uuid, deadline=deadline)
         _log.info("deleted snapshot %s, uuid %s, zone %s", wanted.name, wanted.uuid, wanted.zone)
 
@@ -281,9 +281,7 @@ def check_parameters(parameters: Mapping[str, str]) -> None:
             raise InvalidField(f"parameter {key}", value, "no parameter", "remove it from the class of the snapshot")
 
 
-def management_of(
-    features: ZoneFeatures, text: str, wanted: SnapshotId, feature: str, *, deadline: Deadline
-) -> Management:
+def deleter_of(features: ZoneFeatures, text: str, wanted: SnapshotId, *, deadline: Deadline) -> Management:
     """Return the management of the zone of an id. Raises `PreconditionFailed` if the zone is not served now: success
     would leave the snapshot there when the zone comes back.
     """
@@ -292,7 +290,7 @@ def management_of(
         raise PreconditionFailed(
             f"snapshot {shown(text)} lies in zone {shown(wanted.zone)}, which this driver does not serve"
         )
-    return features.require(zone, feature, deadline=deadline)
+    return features.require(zone, "deletions", deadline=deadline)
 
 
 def _differs(name: str, expected: str, got: str) -> ExistsDifferently:

@@ -188,7 +188,7 @@ def _features(row: Document) -> storage_model.Features:
         return NVMESH_FEATURES
     snapshots, groups, changes = (told.get(key) is True for key in ("snapshots", "groupSnapshots", "changedBlocks"))
     reason = f"embedded storage manager: {told.get('reason') or 'not in this version'}"
-    return storage_model.Features(snapshots, groups, changes, reason)
+    return storage_model.Features(snapshots, groups, changes, reason, deletions=True)
 
 
 def gigabytes(value: object) -> int:

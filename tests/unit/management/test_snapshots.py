@@ -90,7 +90,7 @@ def test_a_management_that_tells_no_features_has_none() -> None:
 def test_the_features_are_those_that_the_management_tells() -> None:
     told = {"snapshots": True, "groupSnapshots": False, "changedBlocks": "yes", "reason": "no xfs"}
     features = decode_system_info({"version": "3.5.0", "features": told}).features
-    assert features == Features(snapshots=True, reason="embedded storage manager: no xfs")
+    assert features == Features(snapshots=True, deletions=True, reason="embedded storage manager: no xfs")
 
 
 def test_a_snapshot_is_looked_up_by_its_name(
