@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from csi_driver.controller.features import ZoneFeatures
+from csi_driver.controller.ports import Management
 from csi_driver.controller.snapshots import (
     SnapshotId,
     check_parameters,
     deleter_of,
     described,
+    elsewhere,
     refuse_unusable,
     snapshot_metadata,
 )
@@ -58,6 +60,12 @@ class GroupSnapshots:
         if group is None or not group.is_ready:
             sources = [self._source(volume_id, deadline=deadline) for volume_id in source_volume_ids]
             _refuse_twice([source.volume.uuid for source in sources])
+
+            def named(other: Management) -> SnapshotGroup | None:
+                return other.snapshot_group(group_snapshot_name(name), deadline=deadline)
+
+            for other, same in elsewhere(self.features, zone, named, deadline=deadline):
+                raise _differs(name, other, same, source_volume_ids)
             metadata = snapshot_metadata(zone, None, name)
             group = management.create_snapshot_group(
                 group_snapshot_name(name), [_member(name, source) for source in sources], metadata, deadline=deadline
@@ -123,9 +131,13 @@ class GroupSnapshots:
             uuids.append(known or require(self.features.clusters, volume_id, deadline=deadline).volume.uuid)
         expected = _refuse_twice(uuids)
         if expected != {member.volume_uuid.lower() for member in group.snapshots}:
-            got = ", ".join(described(zone, member).source_volume_id for member in group.snapshots)
-            differs = f"source volumes: expected {', '.join(volume_ids)}, got {got}"
-            raise ExistsDifferently(f"group snapshot {shown(name)}", [differs])
+            raise _differs(name, zone, group, volume_ids)
+
+
+def _differs(name: str, zone: str, group: SnapshotGroup, volume_ids: Sequence[str]) -> ExistsDifferently:
+    got = ", ".join(described(zone, member).source_volume_id for member in group.snapshots)
+    differs = f"source volumes: expected {', '.join(volume_ids)}, got {got}"
+    return ExistsDifferently(f"group snapshot {shown(name)}", [differs])
 
 
 def _refuse_twice(uuids: Sequence[str]) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from csi_driver.controller.features import ZoneFeatures
 from csi_driver.controller.list_volumes import PAGE_BYTES, Position, mark_of, read_token, zones_from
@@ -31,6 +32,7 @@ from csi_driver.model import CutSnapshot, VolumeHandle, snapshot_name
 from csi_driver.parameters.storage_class import RESERVED_PREFIX
 from csi_driver.storage_model import Snapshot
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _TOKENS = "s1."
@@ -84,7 +86,8 @@ class Snapshots:
             return earlier
         management = self.features.require(source.zone, "snapshots", deadline=deadline)
         refuse_unusable(source)
-        self._refuse_elsewhere(name, source, deadline=deadline)
+        for zone, same in elsewhere(self.features, source.zone, self._named(name, deadline), deadline=deadline):
+            raise _differs(name, source_volume_id, source_of(zone, same))
         metadata = snapshot_metadata(source.zone, source_volume_id, name)
         snapshot = management.create_snapshot(snapshot_name(name), source.volume, metadata, deadline=deadline)
         if snapshot.volume_uuid.lower() != source.volume.uuid.lower():
@@ -101,31 +104,18 @@ class Snapshots:
         """Return the snapshot of this name whose volume was deleted after the cut."""
         handle = VolumeHandle.parse(source_volume_id)
         for zone in zones_of(self.clusters, handle) if handle is not None else ():
-            snapshot = self._named(zone, name, deadline=deadline)
+            management = self.features.find(zone, "snapshots", deadline=deadline)
+            snapshot = self._named(name, deadline)(management) if management is not None else None
             if snapshot is not None and handle is not None and snapshot.volume_uuid.lower() == handle.uuid:
                 return described(zone, snapshot)
         return None
 
-    def _refuse_elsewhere(self, name: str, source: Located, *, deadline: Deadline) -> None:
-        """Refuse a name that has a snapshot in another zone. Zones that do not answer at once are not waited for."""
-        others = [zone for zone in self.clusters.zones() if zone != source.zone]
-        if not others:
-            return
+    def _named(self, name: str, deadline: Deadline) -> Callable[[Management], Snapshot | None]:
+        def named(management: Management) -> Snapshot | None:
+            snapshot = management.snapshot(snapshot_name(name), deadline=deadline)
+            return snapshot if snapshot is not None and snapshot.is_ready else None
 
-        def in_zone(zone: str) -> Snapshot | None:
-            return self._named(zone, name, deadline=deadline)
-
-        answers = ask((), in_zone, deadline=deadline, optional=others, pool=self.features.pool)
-        for zone, snapshot in answers.given.items():
-            if snapshot is not None:
-                raise _differs(name, source.volume_id, source_of(zone, snapshot))
-
-    def _named(self, zone: str, name: str, *, deadline: Deadline) -> Snapshot | None:
-        management = self.features.find(zone, "snapshots", deadline=deadline)
-        if management is None:
-            return None
-        snapshot = management.snapshot(snapshot_name(name), deadline=deadline)
-        return snapshot if snapshot is not None and snapshot.is_ready else None
+        return named
 
     def delete(self, snapshot_id: str, *, deadline: Deadline) -> None:
         """Delete the snapshot; success if it does not exist. Raises `InvalidRequest` for a member of a group."""
@@ -229,6 +219,20 @@ def _cut_in(
                 yield snapshot
         if not page or count <= page:
             return
+
+
+def elsewhere(
+    features: ZoneFeatures, zone: str, named: Callable[[Management], T | None], *, deadline: Deadline
+) -> Iterator[tuple[str, T]]:
+    """Yield what other zones have of a name. Zones that do not answer at once are not waited for."""
+
+    def in_zone(zone: str) -> T | None:
+        management = features.find(zone, "snapshots", deadline=deadline)
+        return named(management) if management is not None else None
+
+    others = [other for other in features.clusters.zones() if other != zone]
+    answers = ask((), in_zone, deadline=deadline, optional=others, pool=features.pool)
+    return ((other, found) for other, found in answers.given.items() if found is not None)
 
 
 def described(zone: str, snapshot: Snapshot) -> CutSnapshot:

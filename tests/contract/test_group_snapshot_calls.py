@@ -128,6 +128,14 @@ def test_volumes_of_two_zones_are_no_group(tmp_path: Path) -> None:
             zones.delete_group(lost, "a snapshot")
 
 
+def test_a_name_that_has_a_group_in_another_zone_is_refused_naming_both(tmp_path: Path) -> None:
+    with zones_of(tmp_path, a=Kind.REFLINKS, b=Kind.REFLINKS, nvmesh=Kind.NVMESH) as zones:
+        here, there = zones.volume(zone="a").volume_id, zones.volume("pvc-2", zone="b").volume_id
+        zones.cut_group("g", here)
+        with pytest.raises(Incompatible, match=f"expected {there}, got {here}"):
+            zones.cut_group("g", there)
+
+
 def test_without_reflinks_each_call_names_the_engine(tmp_path: Path) -> None:
     with zones_of(tmp_path, a=Kind.EMBEDDED_WITHOUT) as zones:
         group_id, source = f"a:group-1:{UUID}", zones.volume().volume_id
