@@ -103,16 +103,7 @@ class Preparation:
 
     def evidence(self, volume: NodeVolume, uuid: str | None) -> Evidence:
         """Return the history of the volume as this node knows it."""
-        context, record = volume.context, self.records.read(uuid) if uuid else None
-        return Evidence(
-            context.history,
-            context.attachment,
-            record,
-            format_allowed=context.format_allowed,
-            populated=context.populated,
-            inherited_uuids=context.inherited_uuids,
-            private_copy=context.private_copy,
-        )
+        return Evidence(volume.context, self.records.read(uuid) if uuid else None)
 
     def clear(self, opened: OpenDevice, target: VolumeDevice, verdict: AnyFormat, making: str) -> str:
         """Prove the device blank or wipe it, record the format, and return the volume's UUID.

@@ -16,7 +16,7 @@ from uuid import UUID, uuid5
 from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
 from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.parameters.mount_options import FilesystemRequest
-from csi_driver.publish_context import History
+from csi_driver.publish_context import History, PublishContext
 
 ALLOW_FORMAT = "`nvmesh-csi volume allow-format`"
 
@@ -76,19 +76,13 @@ Verdict = Use | AnyFormat | Refuse
 class Evidence:
     """Evidence about a volume apart from the content of its device.
 
-    `attachment`: number of the present attachment; 0 = not counted, so neither a first attachment nor a permission
-    counts. `own_uuid`: UUID of a filesystem that this driver makes on the volume. `populated`, `inherited_uuids`,
-    `private_copy`: as in `PublishContext`.
+    In an attachment without a number neither a first attachment nor a permission counts. `own_uuid`: UUID of a
+    filesystem that this driver makes on the volume.
     """
 
-    history: History
-    attachment: int
+    context: PublishContext
     record: UsageRecord | None = None
     own_uuid: str | None = None
-    format_allowed: bool = False
-    populated: bool = False
-    inherited_uuids: Sequence[str] = ()
-    private_copy: bool = False
 
     @property
     def mount_uuid(self) -> str | None:
@@ -97,13 +91,13 @@ class Evidence:
         Before Linux 6.7 the kernel remembers an earlier copy on the node that udev showed it, and takes none with its
         UUID and an earlier generation.
         """
-        if self.own_uuid is None or not self.private_copy:
+        if self.own_uuid is None or not self.context.private_copy:
             return self.own_uuid
-        return str(uuid5(UUID(self.own_uuid), f"attachment {self.attachment}"))
+        return str(uuid5(UUID(self.own_uuid), f"attachment {self.context.attachment}"))
 
     @property
     def own_record(self) -> str:
-        return self.record.filesystem if self.record is not None and self.record.is_of(self.attachment) else ""
+        return self.record.filesystem if self.record is not None and self.record.is_of(self.context.attachment) else ""
 
     @property
     def was_in_use(self) -> bool:
@@ -118,25 +112,25 @@ class Evidence:
     @property
     def is_first(self) -> bool:
         """Whether the volume was certainly never written to."""
-        is_new = self.history is History.FIRST and not self.populated
-        return is_new and self.attachment > 0 and not self.was_in_use
+        is_new = self.context.history is History.FIRST and not self.context.populated
+        return is_new and self.context.attachment > 0 and not self.was_in_use
 
     @property
     def is_only_ours(self) -> bool:
         """Whether a filesystem on the volume can only be one that this driver made."""
-        known = self.history in (History.FIRST, History.ATTACHED)
+        known = self.context.history in (History.FIRST, History.ATTACHED)
         return known and self.own_uuid is not None and not self.was_in_use
 
     @property
     def expects_own(self) -> bool:
         """Whether the volume should hold a filesystem of this driver, and nobody else can have written to it."""
-        uses = {History.FIRST: (USED,), History.ATTACHED: (USED, "")}.get(self.history, ())
-        return self.attachment > 0 and self.own_record in uses
+        uses = {History.FIRST: (USED,), History.ATTACHED: (USED, "")}.get(self.context.history, ())
+        return self.context.attachment > 0 and self.own_record in uses
 
     @property
     def may_format_over(self) -> bool:
         """Whether old data may be destroyed: it is allowed, and the permission was not used yet."""
-        return self.format_allowed and self.attachment > 0 and not self.was_in_use
+        return self.context.format_allowed and self.context.attachment > 0 and not self.was_in_use
 
 
 def decide(content: Content, asked: FilesystemRequest, evidence: Evidence, *, supported: Sequence[str]) -> Verdict:
@@ -204,15 +198,15 @@ def _decide_filesystem(
     if evidence.is_only_ours and content.uuid not in (
         evidence.own_uuid,
         evidence.mount_uuid,
-        *evidence.inherited_uuids,
+        *evidence.context.inherited_uuids,
     ):
         return Refuse(
             f"holds {_describe(content)}, which was not made for it (UUID mismatch: leftover filesystem of another "
             f"volume); to use it, set its UUID to {evidence.own_uuid}{_way_out(evidence)}"
         )
-    if held != _ONE_FOR_EACH_UUID or not evidence.populated or content.uuid == evidence.mount_uuid:
+    if held != _ONE_FOR_EACH_UUID or not evidence.context.populated or content.uuid == evidence.mount_uuid:
         return Use(held, content.is_ready)
-    if asked.read_only and not evidence.private_copy:
+    if asked.read_only and not evidence.context.private_copy:
         return Refuse(
             f"holds {_describe(content)}, as its source may, and Linux cannot use both; stage it writable once: that "
             "gives it a UUID of its own"

@@ -92,11 +92,12 @@ def test_a_copy_has_the_content_and_at_least_the_size_of_its_source(manager: Man
 
 def test_a_copy_has_no_file_of_its_own_before_it_is_complete(manager: Manager, reflinks: Reflinks) -> None:
     """Nothing can be done with the volume, and its name is taken."""
-    clone = reflinks.clone
+    clone, source = reflinks.clone, manager.server.pool.file(manager.uuid("source"))
     answers: dict[str, int | None] = {}
 
     def use_it_meanwhile(source_fd: int, target_fd: int) -> None:
         assert not manager.server.pool.file(manager.uuid("copy")).exists()
+        assert manager.server.allocator.totals.shared == manager.server.pool.occupied_bytes(source) // 4096 > 0
         answers.update(
             attach=number(manager.attach("copy")),
             extend=number(manager.extend("copy", 9)),
@@ -110,6 +111,20 @@ def test_a_copy_has_no_file_of_its_own_before_it_is_complete(manager: Manager, r
     assert number(manager.clone("source", "copy", 2)) is None
     assert answers == {"attach": 1694, "extend": 1572, "delete": 1571, "copy": 91006, "again": 1523}
     assert read(manager, "copy") == DATA
+
+
+def test_the_source_is_locked_while_it_is_copied(manager: Manager, reflinks: Reflinks) -> None:
+    clone, held = reflinks.clone, []
+
+    def look(source_fd: int, target_fd: int) -> None:
+        held.append(set(manager.server.snapshots.locks._locks))
+        clone(source_fd, target_fd)
+
+    manager.cut("cut", "source")
+    reflinks.clone = look  # type: ignore[method-assign]
+    manager.clone("source", "copy", 2)
+    clone_of_snapshot(manager, "another")
+    assert held == [{manager.uuid("source")}, {"snapshot/cut"}]
 
 
 def test_source_and_copies_are_deleted_in_any_order(manager: Manager) -> None:
@@ -237,6 +252,18 @@ def test_a_copy_that_cannot_be_removed_is_removed_by_a_retry_of_the_worker(
     assert manager.volume("copy")["action"] == "markedForDeletion"
     manager.release("delete")
     assert only_the_source_is_left(manager)
+
+
+def test_a_source_whose_device_uses_another_file_is_not_copied(manager: Manager) -> None:
+    manager.attach("source")
+    file = manager.server.pool.file(manager.uuid("source"))
+    size_bytes = file.stat().st_size
+    aside = file.rename(file.with_suffix(".aside"))
+    manager.server.pool.make(manager.uuid("source"), size_bytes)
+    assert number(manager.clone("source", "copy", 2)) == 91009
+    aside.rename(file)
+    assert number(manager.clone("source", "copy", 2)) is None
+    assert read(manager, "copy") == DATA
 
 
 def test_a_source_with_too_many_extents_is_refused_with_their_number(

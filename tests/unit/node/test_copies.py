@@ -14,7 +14,7 @@ from csi_driver.model import BlockAccess, MountAccess
 from csi_driver.node.format_policy import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, decide
 from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.parameters.mount_options import FilesystemRequest
-from csi_driver.publish_context import Encryption, History
+from csi_driver.publish_context import Encryption, History, PublishContext
 from tests.fakes.disks import MIB, FakeDisk, FakeFilesystem
 from tests.fakes.luks import HEADER_BYTES, FakeLuks
 from tests.fakes.node import BLOCK, EXT4, READER, STAGING, TARGET, WRITER, FakeNode, publish_context
@@ -32,13 +32,17 @@ READING = FilesystemRequest("", read_only=True)
 
 
 def copied(
-    history: History = History.ATTACHED, *, private: bool = False, record: UsageRecord | None = None
+    history: History = History.ATTACHED,
+    *,
+    private: bool = False,
+    record: UsageRecord | None = None,
+    attachment: int = 1,
 ) -> Evidence:
-    """Return what is known of a copy in its first attachment."""
-    inherited = (SOURCE[1],)
-    return Evidence(
-        history, 1, record, own_uuid=COPY[1], populated=True, inherited_uuids=inherited, private_copy=private
+    """Return what is known of a copy."""
+    context = PublishContext(
+        *COPY, attachment, history, populated=True, inherited_uuids=(SOURCE[1],), private_copy=private
     )
+    return Evidence(context, record, COPY[1])
 
 
 def verdict_of(content: Content, asked: FilesystemRequest, evidence: Evidence) -> object:
@@ -76,7 +80,7 @@ def test_a_foreign_btrfs_gets_the_uuid_of_each_copy_too() -> None:
 
 
 def test_no_uuid_is_changed_on_a_volume_that_is_no_copy() -> None:
-    evidence = Evidence(History.WRITTEN, 1, own_uuid=COPY[1])
+    evidence = Evidence(PublishContext(*COPY, 1, History.WRITTEN), own_uuid=COPY[1])
     assert verdict_of(Filesystem("btrfs", STRANGER), WRITABLE, evidence) == Use("btrfs")
 
 
@@ -94,7 +98,7 @@ def test_each_private_copy_has_a_uuid_of_its_own() -> None:
     """And keeps it. It inherits the volume's own uuid as well."""
     found = []
     for attachment in (1, 2):
-        evidence = replace(copied(private=True), attachment=attachment)
+        evidence = copied(private=True, attachment=attachment)
         first, second = (verdict_of(Filesystem("btrfs", uuid), READING, evidence) for uuid in (COPY[1], SOURCE[1]))
         assert isinstance(first, Use)
         assert first == second

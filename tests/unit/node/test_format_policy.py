@@ -13,7 +13,7 @@ from csi_driver.host_model import Blank, Content, Filesystem, OtherContent
 from csi_driver.node.format_policy import Evidence, Format, FormatAgain, FormatOver, Refuse, Use, Verdict, decide
 from csi_driver.node.usage_records import RAW, USED, UsageRecord
 from csi_driver.parameters.mount_options import FilesystemRequest
-from csi_driver.publish_context import History
+from csi_driver.publish_context import History, PublishContext
 
 SUPPORTED = ("ext4", "xfs", "btrfs")
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
@@ -47,7 +47,8 @@ class Case(NamedTuple):
     allowed: bool
 
     def verdict(self) -> Verdict:
-        evidence = Evidence(self.history, self.attachment, self.mark, self.own_uuid, self.allowed)
+        context = PublishContext("csi-1", "", self.attachment, self.history, format_allowed=self.allowed)
+        evidence = Evidence(context, self.mark, self.own_uuid)
         return decide(self.content, self.wish, evidence, supported=SUPPORTED)
 
     @property
@@ -127,10 +128,10 @@ def test_a_filesystem_is_expected_to_be_the_volumes_own_only_where_nobody_else_w
     found = {
         (case.history, case.own_mark)
         for case in every_case()
-        if Evidence(case.history, case.attachment, case.mark).expects_own
+        if Evidence(PublishContext("csi-1", "", case.attachment, case.history), case.mark).expects_own
     }
     assert found == {(History.FIRST, USED), (History.ATTACHED, USED), (History.ATTACHED, None)}
-    assert not any(Evidence(history, 0).expects_own for history in History)
+    assert not any(Evidence(PublishContext("csi-1", "", 0, history)).expects_own for history in History)
 
 
 def test_content_is_formatted_only_under_a_record_of_this_attachment_or_a_permission() -> None:
