@@ -113,9 +113,12 @@ class World:
             roles = chance.choice((*(ROLES[:1],) * 3, ROLES[1:2], ROLES[2:], (), ROLES))
             if not roles:
                 self._kill_other()
+            # The file of a role that is dead may name a process of somebody else by now.
+            own = processes_of(self.rig.directory) if roles else []
             for role in roles:
                 with contextlib.suppress(OSError, ValueError):
-                    os.kill(self.rig.pid(role), signal.SIGKILL)
+                    if (pid := self.rig.pid(role)) in own:
+                        os.kill(pid, signal.SIGKILL)
             self.kills += 1
             if roles and chance.random() < 0.7:
                 with contextlib.suppress(ProcessLookupError):
