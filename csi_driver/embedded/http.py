@@ -113,7 +113,7 @@ class Api:
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def __post_init__(self) -> None:
-        groups, counted = "/volumeProvisioningGroups", self.snapshots.cuts.counted
+        groups, counted = "/volumeProvisioningGroups", self.snapshots.counted
         self.public: dict[tuple[str, str], Callable[[HttpRequest], HttpResponse]] = {
             ("POST", "/login"): self.login,
             ("GET", "/login"): lambda _: answer(failure(1267, "Please login via the /login route.")),

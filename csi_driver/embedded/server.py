@@ -174,10 +174,7 @@ class StorageServer:
 
     def measurements(self) -> list[Metric]:
         pool = metrics.storage(self._pool_bytes, lambda: self.allocator.totals.volumes, self._attachments)
-        cuts = self.snapshots.cuts
-        cut = metrics.snapshots(
-            lambda: len(self.store.all(SNAPSHOTS)), cuts.results, lambda: cuts.last_extents, lambda: cuts.last_s
-        )
+        cut = self.snapshots.cuts.measurements(lambda: len(self.store.all(SNAPSHOTS)))
         return [*pool, *cut, *metrics.background(self.loops)]
 
     def _pool_bytes(self) -> Mapping[str, int]:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -38,13 +36,14 @@ from csi_driver.embedded.requests import NewSnapshot, SourceVolume
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import DriverError, HostFailure, NotFreezable, SystemCallFailed
+from csi_driver.telemetry.metrics import Cuts
 
 _log = logging.getLogger(__name__)
 
 A = TypeVar("A")
 T = TypeVar("T")
 
-REFUSALS = {
+REFUSALS: dict[object, str] = {
     documents.NOT_SUPPORTED: "unsupported",
     documents.TOO_MANY_EXTENTS: "extents",
     documents.NO_SNAPSHOT_SPACE: "space",
@@ -61,40 +60,6 @@ def lock_of(snapshot_name: str) -> str:
     return f"snapshot/{snapshot_name}"
 
 
-@dataclass(slots=True)
-class Cuts:
-    """What was cut and copied since the start, for the metrics."""
-
-    last_extents: int = 0
-    last_s: float = 0.0
-    _results: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(("done", *REFUSALS.values()), 0)))
-    _guard: threading.Lock = field(default_factory=threading.Lock)
-
-    def results(self) -> dict[str, int]:
-        with self._guard:
-            return dict(self._results)
-
-    def counted(self, act: Callable[[A], T]) -> Callable[[A], T]:
-        """Return the function that carries out a request, and counts the result."""
-
-        def counting(item: A) -> T:
-            try:
-                done = act(item)
-            except ApiError as refusal:
-                number = refusal.error["id"]
-                if isinstance(number, int) and number in REFUSALS:
-                    self._count(REFUSALS[number])
-                raise
-            self._count("done")
-            return done
-
-        return counting
-
-    def _count(self, result: str) -> None:
-        with self._guard:
-            self._results[result] += 1
-
-
 @dataclass(eq=False)
 class Snapshots:
     extent_limit: int
@@ -105,12 +70,27 @@ class Snapshots:
     volumes: Volumes
     worker: Worker
     clock: Clock = SYSTEM_CLOCK
-    cuts: Cuts = field(default_factory=Cuts)
+    cuts: Cuts = field(default_factory=lambda: Cuts(("done", *REFUSALS.values())))
 
     @property
     def why_none(self) -> str:
         """Why the pool offers no snapshots; "" when it does."""
         return self.pool.why_no_reflinks
+
+    def counted(self, act: Callable[[A], T]) -> Callable[[A], T]:
+        """Return the function that carries out a request, and counts the result."""
+
+        def counting(item: A) -> T:
+            try:
+                done = act(item)
+            except ApiError as refusal:
+                if result := REFUSALS.get(refusal.error["id"]):
+                    self.cuts.results.labels(result).inc()
+                raise
+            self.cuts.results.labels("done").inc()
+            return done
+
+        return counting
 
     def save(self, item: NewSnapshot) -> Snapshot:
         """Cut a volume; return the snapshot that an earlier request of this name and volume made."""
@@ -219,7 +199,8 @@ class Snapshots:
         begun_s, created = self.clock.monotonic(), now()
         self.share(snapshot)
         cut = self.complete(snapshot, extents, created)
-        self.cuts.last_extents, self.cuts.last_s = extents, self.clock.monotonic() - begun_s
+        self.cuts.last_extents.set(extents)
+        self.cuts.last_s.set(self.clock.monotonic() - begun_s)
         return cut
 
     def share(self, snapshot: Snapshot) -> None:
@@ -230,12 +211,7 @@ class Snapshots:
         """Complete the snapshot's file, and return the snapshot for `finish`."""
         target = self.pool.snapshot_file(snapshot.uuid)
         self.pool.complete_reflink(target, snapshot.bytes, mode=0o400)
-        return replace(
-            snapshot,
-            action=NO_ACTION,
-            created=created,
-            extents=extents,
-        )
+        return replace(snapshot, action=NO_ACTION, created=created, extents=extents)
 
     def finish(self, change: Change, cut: Snapshot) -> Snapshot:
         """Put the row of a snapshot with a complete file; its volume's metadata is that of after the cut.

@@ -18,7 +18,7 @@ import re
 import select
 import signal
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,13 +145,11 @@ class Freezer:
     def _finish(self, path: Path, record: int) -> bool:
         """Thaw what a guard left frozen by its record, and remove the record; the caller has its lock."""
         left = _left(record)
-        mounted = {place: _Mounted(number, _paths(number)) for place, number in left.items()}
-        found = {place: each for place, each in mounted.items() if each.paths}
-        if found:
-            _log.warning(
-                "a freeze was not ended: %s are thawed", ", ".join(str(each.number) for each in found.values())
-            )
-            guard = _Guard.start(list(found.values()), list(found), record, 0.0, 0)
+        paths = _paths(left.values())
+        if paths:
+            _log.warning("a freeze was not ended: %s are thawed", ", ".join(map(str, paths)))
+            places = {place: _Mounted(number, paths[number]) for place, number in left.items() if number in paths}
+            guard = _Guard.start(list(places.values()), list(places), record, 0.0, 0)
             guard.wait(_GRACE_S)
             guard.end()
         if still := _left(record):
@@ -275,18 +273,15 @@ class _Guard:
 
 def _mounted_on(devices: Mapping[int, LoopDevice]) -> list[_Mounted]:
     """Return the filesystems on the devices, each once. Raises NotFreezable for a device that is used otherwise."""
-    found: dict[DeviceNumber, _Mounted] = {}
-    for device in devices.values():
-        for number in _tops(device.device_number):
-            paths = _paths(number)
-            if paths:
-                found[number] = _Mounted(number, paths)
-            elif use := _use_of(number):
-                raise NotFreezable(
-                    f"volume {device.uuid}: its device {number} is in use {use}, and only a mounted filesystem can be "
-                    "frozen; end that use, or take the volume out of the group"
-                )
-    return [found[number] for number in sorted(found)]
+    tops = {number: device for device in devices.values() for number in _tops(device.device_number)}
+    paths = _paths(tops)
+    uses = _uses([number for number in tops if number not in paths])
+    for number, use in uses.items():
+        raise NotFreezable(
+            f"volume {tops[number].uuid}: its device {number} is in use {use}, and only a mounted filesystem can be "
+            "frozen; end that use, or take the volume out of the group"
+        )
+    return [_Mounted(number, paths[number]) for number in sorted(paths)]
 
 
 def _tops(number: DeviceNumber) -> Iterator[DeviceNumber]:
@@ -301,20 +296,23 @@ def _tops(number: DeviceNumber) -> Iterator[DeviceNumber]:
         yield from _tops(DeviceNumber.parse(read_text(SYS_DEV_BLOCK / str(number) / "holders" / holder / "dev")))
 
 
-def _paths(number: DeviceNumber) -> tuple[str, ...]:
-    """Return where the filesystem of a device is mounted, in this mount namespace or else in another one.
+def _paths(numbers: Iterable[DeviceNumber]) -> dict[DeviceNumber, tuple[str, ...]]:
+    """Return where the filesystems of devices are mounted, in this mount namespace or else in another one.
 
     The mounts of a btrfs do not tell its device: the paths are those of all btrfs, and the guard chooses.
     """
-    is_btrfs = any(read_text(each) == str(number) for each in _BTRFS.glob("*/devices/*/dev"))
-    lines = re.compile(r".* - btrfs " if is_btrfs else rf"\d+ \d+ {number} ")
-    found: list[str] = []
-    for process, root in _namespaces():
+    texts = {str(number): number for number in numbers}
+    btrfs = texts.keys() & {read_text(each) for each in _BTRFS.glob("*/devices/*/dev")}
+    found: dict[DeviceNumber, list[str]] = {}
+    for process, root in _namespaces() if texts else ():
+        lines = re.compile(rf"\d+ \d+ (?:{'|'.join(texts)}) " + (r"|.* - btrfs " if btrfs else ""))
         with contextlib.suppress(SystemCallFailed):  # it has ended
-            found += (f"{root}{entry.path}" for entry in read_table(process, lines.match))
-        if found and not is_btrfs:
+            for entry in read_table(process, lines.match):
+                for text in btrfs if entry.fs_type == "btrfs" else (str(entry.number),):
+                    found.setdefault(texts[text], []).append(f"{root}{entry.path}")
+        if not btrfs and len(found) == len(texts):
             break
-    return tuple(found)
+    return {number: tuple(paths) for number, paths in found.items()}
 
 
 def _namespaces() -> Iterator[tuple[str, str]]:
@@ -330,17 +328,17 @@ def _namespaces() -> Iterator[tuple[str, str]]:
                     yield process.name, str(process / "root")
 
 
-def _use_of(number: DeviceNumber) -> str:
-    """Return how a device without a visible mount is used; empty if it is not.
+def _uses(numbers: Sequence[DeviceNumber]) -> dict[DeviceNumber, str]:
+    """Return how those of the devices, which have no visible mount, are used that are.
 
-    A program that is not visible here may have it open; its writes are counted.
+    A program that is not visible here may have one open; its writes are counted.
     """
-    if _is_claimed(number):
-        return "by a mount or a program that is not visible here"
-    for process in _PROC.iterdir():
-        if process.name.isdigit() and int(process.name) != os.getpid() and _has_open(process, number):
-            return f"by process {process.name} ({read_text(process / 'comm')})"
-    return ""
+    found = {number: "by a mount or a program that is not visible here" for number in numbers if _is_claimed(number)}
+    for process in _PROC.iterdir() if len(found) < len(numbers) else ():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            for number in _opened_by(process).intersection(numbers):
+                found.setdefault(number, f"by process {process.name} ({read_text(process / 'comm')})")
+    return found
 
 
 def _is_claimed(number: DeviceNumber) -> bool:
@@ -353,14 +351,12 @@ def _is_claimed(number: DeviceNumber) -> bool:
         raise SystemCallFailed(f"open device {number}", error.errno or 0) from error
 
 
-def _has_open(process: Path, number: DeviceNumber) -> bool:
-    wanted = (number.major, number.minor)
-    try:
+def _opened_by(process: Path) -> set[DeviceNumber]:
+    found = set()
+    with contextlib.suppress(OSError):  # it has ended, or may not be read
         for name in os.listdir(process / "fd"):
             link = process / "fd" / name
             # Only of files with a path: what has none is no device.
-            if os.readlink(link).startswith("/") and statx(link, follow=True).node == wanted:
-                return True
-    except OSError:
-        pass  # it has ended, or may not be read
-    return False
+            if os.readlink(link).startswith("/"):
+                found.add(DeviceNumber(*statx(link, follow=True).node))
+    return found

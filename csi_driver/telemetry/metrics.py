@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import prometheus_client as client
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -246,20 +246,23 @@ def storage(
     ]
 
 
-def snapshots(
-    count: Callable[[], int],
-    cuts: Callable[[], Mapping[str, int]],
-    last_extents: Callable[[], int],
-    last_s: Callable[[], float],
-) -> list[Metric]:
-    return [
-        _gauge("nvmesh_csi_storage_snapshots", "Snapshots in the pool.", count),
-        Reading(
+class Cuts:
+    """Cuts and copies of volumes since the start."""
+
+    def __init__(self, results: Iterable[str]) -> None:
+        self.results = Counter(
             "nvmesh_csi_storage_snapshot_cuts_total",
             "Requests to cut or copy volumes: done, or refused: busy, extents (too many), space, unsupported.",
-            *_by("result", cuts),
-            is_counter=True,
-        ),
-        _gauge("nvmesh_csi_storage_last_cut_extents", "Extents of the file that was cut last.", last_extents),
-        _gauge("nvmesh_csi_storage_last_cut_seconds", "Time of the last cut.", last_s),
-    ]
+            ("result",),
+            registry=None,
+        )
+        for result in results:
+            self.results.labels(result)  # makes a series with the value 0
+        self.last_extents = Gauge(
+            "nvmesh_csi_storage_last_cut_extents", "Extents of the file that was cut last.", registry=None
+        )
+        self.last_s = Gauge("nvmesh_csi_storage_last_cut_seconds", "Time of the last cut.", registry=None)
+
+    def measurements(self, snapshots: Callable[[], int]) -> list[Metric]:
+        count = _gauge("nvmesh_csi_storage_snapshots", "Snapshots in the pool.", snapshots)
+        return [count, self.results, self.last_extents, self.last_s]

@@ -18,6 +18,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NotFreezable
+from csi_driver.host import freeze as freeze_module
 from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.freeze import Freezer, _Mounted
@@ -449,3 +450,20 @@ def test_a_kill_before_the_record_has_its_name_leaves_no_file(
     with machine.freezer().held([file], limit_s=LIMIT_S) as end:
         end()
     assert seen == [[]]
+
+
+def test_the_descriptors_of_each_process_are_read_once_for_all_devices(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, read = [machine.volume(name) for name in "abc"], list[str]()
+    opened_by = freeze_module._opened_by
+
+    def note(process: Path) -> set[DeviceNumber]:
+        read.append(process.name)
+        return opened_by(process)
+
+    monkeypatch.setattr(freeze_module, "_opened_by", note)
+    with machine.freezer().held(files, limit_s=LIMIT_S) as end:
+        end()
+    assert read
+    assert len(read) == len(set(read))

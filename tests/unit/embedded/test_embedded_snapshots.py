@@ -16,6 +16,7 @@ from urllib.parse import quote
 import pytest
 
 from csi_driver.embedded.store import Store
+from csi_driver.telemetry.metrics import exposition
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 from tests.unit.embedded.fake_reflinks import FakeReflinks
@@ -230,9 +231,10 @@ def test_a_file_with_too_many_extents_is_refused_with_their_number(tmp_path: Pat
         assert error(refusal) == TOO_MANY
         assert "has 4 extents, at most 3" in refusal["error"]["message"]
         assert len(files(manager)) == 1
-        assert manager.server.snapshots.cuts.results() == {
-            "done": 1, "extents": 1, "busy": 0, "space": 0, "unsupported": 0
-        }  # fmt: skip
+        counted = exposition(manager.server.measurements())
+        for result, count in {"done": 1, "extents": 1, "busy": 0, "space": 0, "unsupported": 0}.items():
+            assert f'nvmesh_csi_storage_snapshot_cuts_total{{result="{result}"}} {count}.0\n' in counted
+        assert "nvmesh_csi_storage_last_cut_extents 3.0\n" in counted
 
 
 def test_a_pool_without_reflinks_says_so_and_refuses_to_copy(tmp_path: Path) -> None:
