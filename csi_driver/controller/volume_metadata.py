@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 from csi_driver.compat import volumes as compat
-from csi_driver.model import AccessMode, CapacityRange, RequestedSource, is_uuid
+from csi_driver.model import AccessMode, CapacityRange, RequestedSource
 from csi_driver.parameters.storage_class import CONTEXT_KEYS
 from csi_driver.publish_context import Encryption, History
 from csi_driver.storage_model import Reservation, ReservationMode, Snapshot, SourceKind, Volume, VolumeSummary
@@ -170,9 +170,7 @@ def _origin(own: Mapping[str, object]) -> Origin | None:
         RequestedSource(_SOURCE_KINDS.get(_text(record, "kind") or "", SourceKind.VOLUME), _text(record, "id") or ""),
         _text(record, "uuid") or "",
         History(history) if history in set(History) else None,
-        tuple(each.lower() for each in ancestors if isinstance(each, str) and is_uuid(each))
-        if isinstance(ancestors, list)
-        else (),
+        tuple(each.lower() for each in ancestors if isinstance(each, str)) if isinstance(ancestors, list) else (),
     )
 
 

@@ -278,7 +278,7 @@ class Attacher:
             label = label_of(wanted.uuid, wanted.client, private=private)
             try:
                 device = self.loops.attach(file, node, label=label, read_only=read_only)
-            except DriverError:
+            except (DriverError, OSError):
                 if private:
                     self._remove_copies([file])  # there may be no other attachment
                 raise

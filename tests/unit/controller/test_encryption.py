@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from csi_driver.controller.create_volume import EncryptionNotInitialised
+from csi_driver.controller.volume_metadata import Origin, creation_metadata, read_creation
 from csi_driver.errors import (
     CapacityOutOfRange,
     DeadlineReached,
@@ -19,9 +20,9 @@ from csi_driver.errors import (
     OutcomeUnknown,
     PreconditionFailed,
 )
-from csi_driver.model import EMPTY, GIB, MIB, CapacityRange, ProvisionedVolume
-from csi_driver.publish_context import Encryption
-from csi_driver.storage_model import Layout, RaidLevel, Volume, Vpg
+from csi_driver.model import EMPTY, GIB, MIB, CapacityRange, ProvisionedVolume, RequestedSource
+from csi_driver.publish_context import Encryption, History
+from csi_driver.storage_model import Layout, RaidLevel, SourceKind, Volume, Vpg
 from tests.unit.controller.world import BLOCK, RWO, RWX_BLOCK, World
 
 SECRET = "correct horse battery"
@@ -181,6 +182,21 @@ def test_a_volume_that_was_attached_is_never_initialised() -> None:
     world.management.change(volume.name, reservation=replace(volume.reservation, version=3))
     with pytest.raises(EncryptionNotInitialised, match="attached before"):
         create(world)
+    assert sent(world) == 1
+
+
+def test_a_copy_is_never_initialised() -> None:
+    """A header would be written over what it inherited, whatever the storage says of its encryption."""
+    world = World()
+    world.management.encryption_results = [3]
+    with pytest.raises(EncryptionNotInitialised):
+        create(world)
+    source = RequestedSource(SourceKind.VOLUME, f"zone:csi-source:{UUID}")
+    creation = read_creation(world.stored().metadata)
+    metadata = creation_metadata(replace(creation, origin=Origin(source, UUID, History.ATTACHED)))
+    world.management.change(world.stored().name, metadata=metadata)
+    with pytest.raises(EncryptionNotInitialised, match="has content"):
+        world.create(parameters=NATIVE, secrets={"passphrase": SECRET}, source=source)
     assert sent(world) == 1
 
 

@@ -132,11 +132,14 @@ def refuse(file: Path) -> None:
     raise SystemCallFailed(f"remove {file}", errno.EIO)
 
 
+@pytest.mark.parametrize(
+    "problem", [SystemCallFailed("LOOP_CTL_GET_FREE", errno.ENOSPC), OSError(errno.EROFS, "mknod")]
+)
 def test_no_copy_is_left_of_an_attachment_without_a_device(
-    manager: Manager, loops: FakeLoopDevices, monkeypatch: pytest.MonkeyPatch
+    manager: Manager, loops: FakeLoopDevices, monkeypatch: pytest.MonkeyPatch, problem: Exception
 ) -> None:
     def no_device(*_: object, **__: object) -> None:
-        raise SystemCallFailed("LOOP_CTL_GET_FREE", errno.ENOSPC)
+        raise problem
 
     with monkeypatch.context() as broken:
         broken.setattr(FakeLoopDevices, "attach", no_device)
