@@ -19,7 +19,6 @@ from csi_driver.embedded.settings import Freezes, StorageSettings
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.freeze import Freezer
 from csi_driver.host.reflink import ReflinkedFiles
-from csi_driver.host_model import LoopDevice
 from tests.contract.test_host_freeze import is_frozen, run, thaw
 from tests.reflink_pool import mounted
 from tests.unit.embedded.fake_freezes import FakeFreezes
@@ -40,7 +39,7 @@ def settings(tmp_path: Path) -> Iterator[StorageSettings]:
             for volume in VOLUMES:
                 manager.save(volume)
                 manager.attach(volume)
-        stack.callback(lambda: [detach(loops, device) for device in loops.bound_to(place)])
+        stack.callback(detach, loops, place)
         for volume in VOLUMES:
             device, target = settings.clients[0].device_directory / volume, tmp_path / volume
             run("mkfs.ext4", "-q", device)
@@ -52,9 +51,9 @@ def settings(tmp_path: Path) -> Iterator[StorageSettings]:
         yield settings
 
 
-def detach(loops: LoopDevices, device: LoopDevice) -> None:
-    """Detach a device, which another program may just look at."""
-    assert Deadline.after(30).wait_until(lambda: loops.detach(device))
+def detach(loops: LoopDevices, place: Path) -> None:
+    """Detach all devices, at which other programs may just look."""
+    assert Deadline.after(30).wait_until(lambda: all(list(map(loops.detach, loops.bound_to(place)))))
 
 
 def manager_of(settings: StorageSettings) -> contextlib.AbstractContextManager[Manager]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric, Reading
@@ -35,7 +35,7 @@ def every_metric() -> Iterator[Metric]:
     yield from metrics.node(dict, lambda: (0, 0), 4)
     yield from metrics.registration(lambda: True, dict)
     yield from metrics.storage(dict, lambda: 0, lambda: 0)
-    yield from metrics.snapshots(lambda: 0, dict, lambda: 0, lambda: 0)
+    yield from metrics.Cuts(()).measurements(lambda: 0)
     yield from metrics.process(version="", role="", driver_name="")
 
 
@@ -46,7 +46,7 @@ def own() -> dict[str, set[str]]:
         match each:
             case Reading():
                 found[each.name] = set(each.labels)
-            case Counter() | Histogram():
+            case Counter() | Gauge() | Histogram():
                 (described,) = each.describe()
                 suffix = "_total" if described.type == "counter" else ""
                 found[described.name + suffix] = set(each._labelnames)
