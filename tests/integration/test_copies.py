@@ -367,6 +367,22 @@ def test_what_was_synchronized_is_there_after_the_uuid_was_changed(copies: Copie
     shell(*SOUND["btrfs"], str(copy.loop.node))
 
 
+@pytest.mark.parametrize("place", [64 << 10, 64 << 20], ids=["of another place", "of an earlier filesystem"])
+def test_what_is_no_copy_of_the_superblock_is_left_as_it_is(copies: Copies, place: int) -> None:
+    source, second_at = copies.used_source("btrfs"), 64 << 20
+    earlier, _ = copies.machine.formatted("btrfs", SIZES["btrfs"], "csi-earlier")
+    copy = copies.cut(source)
+    with (copy if place < second_at else earlier).file.open("rb") as file:
+        other = os.pread(file.fileno(), 4096, place)
+    write(copy, second_at, other)
+    with copies.machine.devices.open(copies.machine.device(copy), write=True) as opened:
+        copies.machine.filesystems.change_btrfs_uuid(opened, copy.uuid)
+    assert copies.fs_uuid(copy) == copy.uuid
+    with copy.file.open("rb") as file:
+        assert os.pread(file.fileno(), 4096, second_at) == other
+    assert (copies.stage(copy, source, "btrfs") / "data").read_bytes() == DATA
+
+
 def test_a_superblock_that_cannot_be_changed_is_left_as_it_is(copies: Copies) -> None:
     source = copies.source("btrfs")
     second = copies.machine.volume("csi-second", SIZES["btrfs"])

@@ -269,6 +269,27 @@ def test_the_device_of_a_private_copy_stays_writable(copy: Copy, fs_type: str) -
     assert copy.node.host.files_at(TARGET) == {"a": b"precious"}
 
 
+@pytest.mark.parametrize("fs_type", FILESYSTEMS)
+def test_a_reader_that_joined_leaves_no_log_of_a_private_copy_unread(copy: Copy, fs_type: str) -> None:
+    """Nor is its device made read-only, although the first reader has left."""
+    copy.use_source(MountAccess(fs_type))
+    copy.cut()
+    context, stagings = copy.context(private=True), (STAGING, STAGING.with_name("second"))
+    handles = [f"{volume_id(COPY)}:team-{letter}" for letter in "ab"]
+    copy.node.host.make_tree(stagings[1])
+    access = MountAccess(fs_type)
+    for handle, staging in zip(handles, stagings, strict=True):
+        copy.node.stage(volume_id=handle, staging=staging, access=access, mode=READER, context=context)
+    copy.node.unstage(handles[0], stagings[0])
+    copy.node.publish(
+        volume_id=handles[1], staging=stagings[1], access=access, mode=READER, read_only=True, context=context
+    )
+    entry = copy.node.host.topmost(TARGET)
+    assert entry is not None
+    assert not entry.options & {"noload", "norecovery", "rescue=nologreplay"}
+    assert copy.disk.read_only is False
+
+
 def test_the_device_of_another_reader_is_made_read_only(copy: Copy) -> None:
     copy.use_source()
     copy.cut()
