@@ -14,6 +14,20 @@ BTRFS = ("mkfs.btrfs", "-q")
 EXT4 = ("mkfs.ext4", "-q", "-F")
 
 
+def mount_file(image: Path, place: Path) -> None:
+    """Mount a filesystem in a file; its loop device goes with the mount.
+
+    The kernel keeps BLKROSET when a loop device is released, and mount(8) then mounts read-only whatever file is next.
+    """
+    found = subprocess.run(["losetup", "--find", "--show", image], check=True, capture_output=True, text=True)
+    device = found.stdout.strip()
+    try:
+        subprocess.run(["blockdev", "--setrw", device], check=True)
+        subprocess.run(["mount", device, place], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 @contextlib.contextmanager
 def mounted(directory: Path, make: Sequence[str] = XFS, *, size_mib: int = 400) -> Iterator[Path]:
     """Return the mount point of a new filesystem in a sparse file in `directory`; unmounted at the end."""
@@ -22,7 +36,7 @@ def mounted(directory: Path, make: Sequence[str] = XFS, *, size_mib: int = 400) 
         file.truncate(size_mib * MIB)
     subprocess.run([*make, image], check=True)
     place.mkdir()
-    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    mount_file(image, place)
     try:
         yield place
     finally:

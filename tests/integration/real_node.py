@@ -24,6 +24,7 @@ from csi_driver.node.usage_records import UsageRecord, UsageRecords
 from csi_driver.publish_context import History, PublishContext
 from csi_driver.settings import NodeSettings
 from tests.contract.host_machine import HostMachine, Volume, shell
+from tests.reflink_pool import mount_file
 
 SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB}
 
@@ -165,7 +166,7 @@ def volumes_with_a_bad_block(machine: HostMachine, offsets: list[int], size_byte
     ground.mkdir()
     patterns = {offset: os.urandom(4096) for offset in offsets}
     volumes: dict[int, Volume] = {}
-    shell("mount", "-o", "loop", str(image), str(ground))
+    mount_file(image, ground)
     try:
         for offset, pattern in patterns.items():
             with (ground / f"{offset}.img").open("wb") as file:
@@ -174,7 +175,7 @@ def volumes_with_a_bad_block(machine: HostMachine, offsets: list[int], size_byte
                 file.write(pattern)
         shell("umount", str(ground))
         spoil(image, list(patterns.values()))
-        shell("mount", "-o", "loop", str(image), str(ground))
+        mount_file(image, ground)
         for offset in offsets:
             name, identity, image_file = f"csi-{offset}", str(uuid.uuid4()), ground / f"{offset}.img"
             loop = machine.loops.attach(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import subprocess
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,11 +21,12 @@ from csi_driver.errors import PreconditionFailed, SystemCallFailed
 from csi_driver.host import zero_scan
 from csi_driver.host.block_devices import sys_number
 from csi_driver.host_model import Filesystem, OpenDevice
-from csi_driver.model import GIB, AccessMode
+from csi_driver.model import AccessMode
 from csi_driver.publish_context import History
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 from tests.integration.real_node import SIZES, RealNode, everything, write
 from tests.integration.test_data_safety import SOUND, probed
+from tests.reflink_pool import mounted
 
 pytestmark = pytest.mark.root
 
@@ -39,18 +39,10 @@ DATA = b"precious" * 1000
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[HostMachine]:
     """A machine whose volumes lie on a filesystem with reflinks."""
-    image, pool = tmp_path / "pool.img", tmp_path / "pool"
-    with image.open("wb") as made:
-        made.truncate(3 * GIB)
-    shell("mkfs.xfs", "-q", "-m", "reflink=1", str(image))
-    pool.mkdir()
-    shell("mount", "-o", "loop", str(image), str(pool))
-    try:
+    with mounted(tmp_path, size_mib=3072) as pool:
         (pool / "machine").mkdir()
         with host_machine(pool / "machine") as found:
             yield found
-    finally:
-        subprocess.run(["umount", "--lazy", str(pool)], check=False, capture_output=True)
 
 
 @dataclass

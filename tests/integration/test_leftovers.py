@@ -16,6 +16,7 @@ from csi_driver.model import DEFAULT_DRIVER_NAME, MIB
 from tests.contract.host_machine import host_machine
 from tests.integration.fault_nodes import ServingNode, Subject, World
 from tests.integration.rig import digest, fill, findmnt
+from tests.reflink_pool import mount_file
 
 pytestmark = pytest.mark.root
 
@@ -96,7 +97,7 @@ def test_mounts_that_are_not_ours_are_never_touched(world: World, node: ServingN
     mounted = [foreign.staging, bound.staging, loop.staging]
     subprocess.run(["mount", "-t", "tmpfs", "x", foreign.staging], check=True)
     subprocess.run(["mount", "--bind", other, bound.staging], check=True)
-    subprocess.run(["mount", "-o", "loop", image, loop.staging], check=True)
+    mount_file(image, loop.staging)
     try:
         assert node.call("stage", ours) == "ok"
         for subject in (ours, foreign, bound, loop):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,30 +14,16 @@ from tests.client import CsiClient, capability_message
 from tests.contract.host_machine import shell
 from tests.integration.cluster import ClusterVolume, clustered
 from tests.integration.rig import GIB, MIB, Rig, Volume, digest, filesystem, filesystem_size, fill, raw_block, running
+from tests.reflink_pool import mounted
 
 pytestmark = pytest.mark.root
 
 FILESYSTEMS = pytest.mark.parametrize("fs_type", ["ext4", "xfs", "btrfs"])
 
 
-@contextlib.contextmanager
-def reflink_pool(directory: Path) -> Iterator[Path]:
-    """Give a directory on a filesystem that shares blocks."""
-    image, pool = directory / "pool.img", directory / "pool"
-    with image.open("wb") as made:
-        made.truncate(40 * GIB)
-    shell("mkfs.xfs", "-q", "-m", "reflink=1", str(image))
-    pool.mkdir()
-    shell("mount", "-o", "loop", str(image), str(pool))
-    try:
-        yield pool
-    finally:
-        subprocess.run(["umount", "--lazy", str(pool)], check=False, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with reflink_pool(tmp_path_factory.mktemp("reflink")) as pool, running(pool / "d") as rig:
+    with mounted(tmp_path_factory.mktemp("reflink"), size_mib=40 << 10) as pool, running(pool / "d") as rig:
         yield rig
 
 
@@ -177,7 +161,10 @@ def test_a_reader_of_a_snapshot_outlives_every_process(rig: Rig) -> None:
 
 @FILESYSTEMS
 def test_several_nodes_read_one_snapshot_each_with_a_copy_of_its_own(tmp_path: Path, fs_type: str) -> None:
-    with reflink_pool(tmp_path) as pool, clustered(pool / "c", nodes=("node-1", "node-2", "node-3")) as cluster:
+    with (
+        mounted(tmp_path, size_mib=40 << 10) as pool,
+        clustered(pool / "c", nodes=("node-1", "node-2", "node-3")) as cluster,
+    ):
         controller = cluster.controllers[0]
         source = cluster.volume(filesystem(fs_type))
         wanted = fill(source.up("node-1") / "data", MIB)
