@@ -9,6 +9,8 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import described, listed_handles, require
@@ -18,8 +20,9 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import StaleToken, shown
 from csi_driver.model import ListedVolume, Reason, Segments, VolumeEntry, VolumeFault, VolumeHealth, each_once
 from csi_driver.settings import ControllerSettings
-from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, VolumeSummary
+from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Snapshot, VolumeSummary
 
+T = TypeVar("T", VolumeSummary, Snapshot)
 _log = logging.getLogger(__name__)
 
 PAGE_BYTES = 3 << 20
@@ -72,6 +75,21 @@ def zones_from(zones: Sequence[str], start: Position | None, token: str) -> list
             f"starting_token {shown(token)} names a zone that is no longer configured; start again without a token"
         )
     return ordered[at:]
+
+
+def each_after(after: str, page: int, listed: Callable[..., Iterator[T]]) -> Iterator[T]:
+    """Yield the objects of a zone with names above `after`, sorted by name; with a size of pages no more than needed.
+
+    `listed`: returns up to `limit` objects above `after`.
+    """
+    while True:
+        # One more than the page shows whether there is a next one.
+        count = 0
+        for each in listed(after=after, limit=page + 1 if page else 0):
+            yield each
+            count, after = count + 1, each.name
+        if not page or count <= page:
+            return
 
 
 _Entry = tuple[str, str, ListedVolume, VolumeSummary, Sequence[Client]]
@@ -210,14 +228,7 @@ def _volumes_from(
         unfinished = management.volume(start.name, deadline=deadline)
         if unfinished is not None:
             yield unfinished
-    while True:
-        # One more than the page shows whether there is a next one.
-        count = 0
-        for volume in management.volumes(after=after, limit=page + 1 if page else 0, deadline=deadline):
-            yield volume
-            count, after = count + 1, volume.name
-        if not page or count <= page:
-            return
+    yield from each_after(after, page, partial(management.volumes, deadline=deadline))
 
 
 def _held(clients: Sequence[Client], uuid: str) -> dict[str, tuple[str, ...]]:

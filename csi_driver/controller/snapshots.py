@@ -8,12 +8,13 @@ zone, whatever call or controller cuts it, and an id never means a later snapsho
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from csi_driver.controller.features import ZoneFeatures
-from csi_driver.controller.list_volumes import PAGE_BYTES, Position, mark_of, read_token, zones_from
+from csi_driver.controller.list_volumes import PAGE_BYTES, Position, each_after, mark_of, read_token, zones_from
 from csi_driver.controller.ports import Clusters, Management
 from csi_driver.controller.volume_lookup import Located, ZoneNotServed, locate, require, zones_of
 from csi_driver.controller.volume_metadata import OWN_KEY, header_bytes
@@ -168,32 +169,19 @@ class Snapshots:
                 add(described(found.zone, found.snapshot))
             return ""
         managements = self.features.zones_with("snapshots", deadline=deadline)
-        zones = zones_from(list(managements), start, starting_token)
-
-        def in_zone(zone: str) -> Iterator[Snapshot]:
-            after = start.name if start is not None and zone == zones[0] else ""
-            return _cut_in(managements[zone], after, max_entries, volume_uuid, deadline=deadline)
-
-        size, last = 0, None
-        for count, (zone, snapshot) in enumerate(self._in_all(zones, in_zone, bool(max_entries), deadline=deadline)):
-            if last is not None and (size > PAGE_BYTES or count == max_entries):
-                return last.token(_TOKENS)
-            size += add(described(zone, snapshot))
-            last = Position(mark_of(zone), snapshot.name)
-        return ""
-
-    def _in_all(
-        self, zones: Sequence[str], in_zone: Callable[[str], Iterator[Snapshot]], is_page: bool, *, deadline: Deadline
-    ) -> Iterator[tuple[str, Snapshot]]:
-
-        if is_page or len(zones) == 1:
-            for zone in zones:
-                yield from ((zone, snapshot) for snapshot in in_zone(zone))
-            return
         # A zone that cannot be asked fails the call: a snapshot that is left out would look deleted.
-        listed = ask(zones, lambda zone: list(in_zone(zone)), deadline=deadline, pool=self.features.pool).all()
-        for zone in zones:
-            yield from ((zone, snapshot) for snapshot in listed[zone])
+        size, count, last, after = 0, 0, None, start.name if start is not None else ""
+        for zone in zones_from(list(managements), start, starting_token):
+            listed = partial(managements[zone].snapshots, volume_uuid=volume_uuid, deadline=deadline)
+            for snapshot in each_after(after, max_entries, listed):
+                if not snapshot.is_ready:
+                    continue
+                if last is not None and (size > PAGE_BYTES or count == max_entries):
+                    return last.token(_TOKENS)
+                size, count = size + add(described(zone, snapshot)), count + 1
+                last = Position(mark_of(zone), snapshot.name)
+            after = ""
+        return ""
 
     def _volume_uuid(self, volume_id: str, *, deadline: Deadline) -> str | None:
         """Return the uuid of a volume, which may be deleted, from its id; None if it has no snapshot."""
@@ -205,20 +193,6 @@ class Snapshots:
         except ZoneNotServed:
             return None
         return None if located is None else located.volume.uuid.lower()
-
-
-def _cut_in(
-    management: Management, after: str, page: int, volume_uuid: str | None, *, deadline: Deadline
-) -> Iterator[Snapshot]:
-    while True:
-        # One more than the page shows whether there is a next one.
-        count, limit = 0, page + 1 if page else 0
-        for snapshot in management.snapshots(after=after, limit=limit, volume_uuid=volume_uuid, deadline=deadline):
-            count, after = count + 1, snapshot.name
-            if snapshot.is_ready:
-                yield snapshot
-        if not page or count <= page:
-            return
 
 
 def elsewhere(
