@@ -17,7 +17,6 @@ from csi_driver.controller.snapshots import (
     deleter_of,
     described,
     elsewhere,
-    refuse_unusable,
     snapshot_metadata,
 )
 from csi_driver.controller.volume_lookup import Located, require, zones_of
@@ -54,11 +53,11 @@ class GroupSnapshots:
     ) -> CutGroup:
         """Cut the group, or find the one that an earlier call cut. Raises `InvalidRequest` for several zones."""
         check_parameters({key: value for key, value in parameters.items() if key != _FIELD_OF_CLASS})
-        zone = self._zone(source_volume_ids, deadline=deadline)
+        clusters, zone = self.features.clusters, self._zone(source_volume_ids, deadline=deadline)
         management = self.features.require(zone, _FEATURE, deadline=deadline)
         group = management.snapshot_group(group_snapshot_name(name), deadline=deadline)
         if group is None or not group.is_ready:
-            sources = [self._source(volume_id, deadline=deadline) for volume_id in source_volume_ids]
+            sources = [require(clusters, volume_id, deadline=deadline) for volume_id in source_volume_ids]
             _refuse_twice([source.volume.uuid for source in sources])
 
             def named(other: Management) -> SnapshotGroup | None:
@@ -114,11 +113,6 @@ class GroupSnapshots:
                 "source_volume_ids", ", ".join(sorted(zones)), "volumes of one zone", "a group is cut by one storage"
             )
         return zones.pop()
-
-    def _source(self, volume_id: str, *, deadline: Deadline) -> Located:
-        source = require(self.features.clusters, volume_id, deadline=deadline)
-        refuse_unusable(source)
-        return source
 
     def _refuse_others(
         self, name: str, zone: str, group: SnapshotGroup, volume_ids: Sequence[str], *, deadline: Deadline

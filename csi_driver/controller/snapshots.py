@@ -16,7 +16,7 @@ from typing import TypeVar
 from csi_driver.controller.features import ZoneFeatures
 from csi_driver.controller.list_volumes import PAGE_BYTES, Position, each_after, mark_of, read_token, zones_from
 from csi_driver.controller.ports import Clusters, Management
-from csi_driver.controller.volume_lookup import Located, ZoneNotServed, locate, require, zones_of
+from csi_driver.controller.volume_lookup import ZoneNotServed, locate, require, zones_of
 from csi_driver.controller.volume_metadata import OWN_KEY, header_bytes
 from csi_driver.controller.zones import ask
 from csi_driver.deadline import Deadline
@@ -86,7 +86,6 @@ class Snapshots:
                 raise
             return earlier
         management = self.features.require(source.zone, "snapshots", deadline=deadline)
-        refuse_unusable(source)
         for zone, same in elsewhere(self.features, source.zone, self._named(name, deadline), deadline=deadline):
             raise _differs(name, source_volume_id, source_of(zone, same))
         metadata = snapshot_metadata(source.zone, source_volume_id, name)
@@ -243,13 +242,6 @@ def _text_of(snapshot: Snapshot, key: str) -> str:
     own = snapshot.metadata.get(OWN_KEY)
     text = own.get(key) if isinstance(own, dict) else None
     return text if isinstance(text, str) else ""
-
-
-def refuse_unusable(source: Located) -> None:
-    volume = source.volume
-    if volume.is_being_made or volume.wants_passphrase or not volume.is_ready:
-        state = f"status {volume.status}, action {volume.action}"
-        raise OperationPending(f"volume {shown(source.volume_id)} is not usable yet ({state}); retry")
 
 
 def check_parameters(parameters: Mapping[str, str]) -> None:

@@ -212,7 +212,7 @@ def failure_of(
             return errors.SnapshotNotFound(snapshot)
         case Meaning.RESERVED if number is not None:
             return errors.ReservationConflict(volume, number, error.current_version)
-    names = (("volume", volume), ("client", client), ("VPG", vpg), ("snapshot", snapshot))
+    names = (("snapshot", snapshot), ("volume", volume), ("client", client), ("VPG", vpg))
     subject = " on ".join(f"{kind} {shown(name)}" for kind, name in names if name) or "the requested object"
     family = _FAMILIES.get(meaning, errors.StorageUnavailable)
     return family(f"the management refuses to {operation} {subject}: {error.text} (management id {number})")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.controller.group_snapshots import GroupSnapshots
 from csi_driver.controller.ports import TopologyRequirement, ValidateRequest
 from csi_driver.controller.volume_metadata import (
     OWN_KEY,
@@ -480,8 +481,14 @@ def test_a_source_that_is_being_created_or_deleted_is_no_source(rig: Rig) -> Non
     with pytest.raises(StorageUnavailable):
         rig.create("slow")
     slow = next(each.volume for each in rig.world.listed()[0])
-    with pytest.raises(OperationPending):
-        rig.copy(slow)
+    groups = GroupSnapshots(rig.world.snapshots.features)
+    for use in (
+        lambda: rig.copy(slow),
+        lambda: rig.cut(slow),
+        lambda: groups.create("g", [slow.volume_id], {}, deadline=rig.world.deadline()),
+    ):
+        with pytest.raises(OperationPending, match="retry"):
+            use()
 
 
 # --- zones ----------------------------------------------------------------------------------------------------

@@ -104,6 +104,16 @@ def test_a_deleted_group_is_not_found_with_its_members_and_deleted_again(zones: 
     assert zones.listed() == []
 
 
+def test_the_id_of_a_deleted_group_does_not_mean_the_next_one_of_its_name(zones: Zones, volumes: list[str]) -> None:
+    first = zones.cut_group("g", *volumes)
+    zones.delete_group(first.group_snapshot_id, *ids(first))
+    second = zones.cut_group("g", *volumes)
+    zones.delete_group(first.group_snapshot_id, *ids(first))
+    with pytest.raises(NotFound):
+        zones.get_group(first.group_snapshot_id, *ids(second))
+    assert zones.get_group(second.group_snapshot_id, *ids(second)) == second
+
+
 def test_a_member_is_not_deleted_alone(zones: Zones, volumes: list[str]) -> None:
     group = zones.cut_group("g", *volumes[:2])
     with pytest.raises(InvalidRequest, match="delete the group"):

@@ -79,6 +79,14 @@ def test_a_repeated_call_is_answered_as_the_first_after_its_source_was_deleted(o
     assert one.cut("s1", source) == first
 
 
+def test_a_name_whose_source_was_deleted_is_not_that_of_another_deleted_source(one: Zones) -> None:
+    source = one.volume().volume_id
+    one.cut("s1", source)
+    one.delete_volume(source)
+    with pytest.raises(VolumeNotFound):
+        one.cut("s1", f"a:csi-1:{UUID}")
+
+
 def test_a_name_with_another_source_is_refused(one: Zones) -> None:
     source, other = one.volume().volume_id, one.volume("pvc-2").volume_id
     one.cut("s1", source)
@@ -192,7 +200,7 @@ def test_what_is_not_cut_yet_is_not_listed_and_ends_no_page(one: Zones, size: in
     store = one.storages["a"].server.store
     (ready,) = store.all(SNAPSHOTS)
     for number in range(5):
-        name = f"{ready.name[:-1]}{'!' if number < 4 else '~'}{number}"
+        name = f"{ready.name[:-1] if number < 4 else ready.name}+{number}"
         cutting = replace(ready, name=name, uuid=f"{number}{ready.uuid[1:]}", action=CUTTING, created="")
         store.write(partial(Change.put, table=SNAPSHOTS, key=name, record=cutting))
         with pytest.raises(SnapshotNotFound):
