@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.model import CUTTING, SNAPSHOT_GROUPS, SNAPSHOTS
+from csi_driver.embedded.store import Change
 from csi_driver.errors import (
     Incompatible,
     InvalidField,
@@ -62,6 +66,21 @@ def test_a_repeated_call_is_answered_as_the_first_after_a_source_was_deleted(zon
     first = zones.cut_group("g", *volumes)
     zones.delete_volume(volumes[0])
     assert zones.cut_group("g", *volumes) == first
+
+
+def test_a_group_whose_cut_a_crash_ended_is_cut_by_the_next_call(zones: Zones, volumes: list[str]) -> None:
+    first = zones.cut_group("g", *volumes)
+    store = zones.storages["a"].server.store
+    for group in list(store.all(SNAPSHOT_GROUPS)):
+        begun = replace(group, action=CUTTING)
+        store.write(partial(Change.put, table=SNAPSHOT_GROUPS, key=group.name, record=begun))
+    for member in list(store.all(SNAPSHOTS)):
+        cutting = replace(member, action=CUTTING)
+        store.write(partial(Change.put, table=SNAPSHOTS, key=member.name, record=cutting))
+    with pytest.raises(NotFound):
+        zones.get_group(first.group_snapshot_id, *ids(first))
+    again = zones.cut_group("g", *volumes)
+    assert sorted(zones.listed()) == sorted(ids(again))
 
 
 @pytest.mark.parametrize("others", [slice(0, 1), slice(0, 3), slice(1, 3)])

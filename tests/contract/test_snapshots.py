@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -19,6 +20,7 @@ from csi_driver.errors import (
     Incompatible,
     InvalidField,
     NotOffered,
+    OperationPending,
     PreconditionFailed,
     SnapshotNotFound,
     StaleToken,
@@ -85,6 +87,15 @@ def test_a_name_whose_source_was_deleted_is_not_that_of_another_deleted_source(o
     one.delete_volume(source)
     with pytest.raises(VolumeNotFound):
         one.cut("s1", f"a:csi-1:{UUID}")
+
+
+def test_a_cut_that_the_storage_has_only_begun_is_not_answered(one: Zones) -> None:
+    source, management = one.volume().volume_id, cast("Any", one.managements["a"])
+    for begun, cut in (("create_snapshot", one.cut), ("create_snapshot_group", one.cut_group)):
+        act = getattr(management, begun)
+        setattr(management, begun, lambda *what, act=act, **how: replace(act(*what, **how), is_ready=False))
+        with pytest.raises(OperationPending, match="not cut yet; retry"):
+            cut("s1", source)
 
 
 def test_a_name_with_another_source_is_refused(one: Zones) -> None:
