@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import NotFreezable
+from csi_driver.errors import HostFailure, NotFreezable, SystemCallFailed
 from csi_driver.host import freeze as freeze_module
 from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.loop import LoopDevices
@@ -467,3 +467,16 @@ def test_the_descriptors_of_each_process_are_read_once_for_all_devices(
         end()
     assert read
     assert len(read) == len(set(read))
+
+
+def test_a_device_that_cannot_be_looked_at_is_not_left_out(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writes would not be held: e.g. too many files are open."""
+    file = machine.volume("a")
+
+    def refuse(number: int, flags: int = 0) -> contextlib.AbstractContextManager[int]:
+        raise SystemCallFailed(f"open loop device {number}", errno.EMFILE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoopDevices, "_opened", staticmethod(refuse))
+        with pytest.raises(HostFailure, match="cannot be opened"), machine.freezer().held([file], limit_s=LIMIT_S):
+            pass

@@ -85,7 +85,10 @@ class LoopDevices:
         return tuple(device for device in self.bound() if any(_lies_in(device, root, identities) for root in roots))
 
     def bound(self, file_name: str | None = None) -> Iterator[LoopDevice]:
-        """Yield bound loop devices by number; only those over a file of that name are opened: an open may hang."""
+        """Yield bound loop devices by number; only those over a file of that name are opened: an open may hang.
+
+        Of these none may be left out: raises HostFailure if one cannot be opened.
+        """
         numbers = [int(entry.name[4:]) for entry in _SYS_BLOCK.glob("loop[0-9]*") if entry.name[4:].isdigit()]
         for number in sorted(numbers):
             text = _backing_text(number)
@@ -94,6 +97,8 @@ class LoopDevices:
             device = self._bound_number(number)
             if device is not None:
                 yield device
+            elif file_name is not None and _backing_text(number) == text:
+                raise HostFailure(f"loop device {number} over {text} cannot be opened; retry")
 
     def bound_as(self, number: DeviceNumber) -> LoopDevice | None:
         try:
