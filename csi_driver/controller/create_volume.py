@@ -299,9 +299,16 @@ class _Call:
             if never_returned:
                 self._delete_if_out_of_range(management, volume, reserved)
         if creation.origin is not None and creation.origin.history is None:
-            history = history_after_copy(management, creation.origin, deadline=self.deadline)
-            management.set_metadata(volume, with_inherited(volume.metadata, history), deadline=self.deadline)
+            self._record_history(management, volume, creation.origin, is_new=is_new)
         return described(found.zone, volume, ({self.use_case.settings.topology_key: found.zone},))
+
+    def _record_history(self, management: Management, volume: Volume, origin: Origin, *, is_new: bool) -> None:
+        history = history_after_copy(management, origin, deadline=self.deadline)
+        # An existing volume may have been returned by another call meanwhile, and attached: keep what that recorded.
+        latest = volume if is_new else management.volume(volume.name, deadline=self.deadline)
+        if latest is None or latest.uuid != volume.uuid:
+            raise OperationPending(f"volume {volume.name} was deleted while being created; retry")
+        management.set_metadata(latest, with_inherited(latest.metadata, history), deadline=self.deadline)
 
     def _is_short(self, volume: Volume, creation: Creation, size_bytes: int) -> bool:
         """Return whether it came out too small: by the rounding of earlier drivers, or a group that changed."""

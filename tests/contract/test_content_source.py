@@ -249,12 +249,35 @@ def test_a_history_that_a_crash_left_unread_is_unknown_until_a_retry_has_read_it
     assert rig.use(copy).history is History.ATTACHED
 
 
-def test_a_source_that_is_gone_before_its_history_was_read_leaves_it_unknown(rig: Rig) -> None:
+def test_a_late_retry_that_reads_the_history_forgets_no_attachment(rig: Rig) -> None:
+    """Another controller has returned the volume meanwhile, and it was published raw."""
+    source, set_metadata = rig.create(), rig.management.set_metadata
+    rig.management.set_metadata = lambda *_, **__: None  # type: ignore[method-assign]
+    copy = rig.copy(source)
+    rig.management.set_metadata = set_metadata  # type: ignore[method-assign]
+    read, name = rig.management.volume, rig.volume(source).name
+
+    def use_it_meanwhile(wanted: str, **options: object) -> object:
+        if wanted == name:
+            rig.management.volume = read  # type: ignore[method-assign]
+            rig.use(copy, capability=BLOCK)
+        return read(wanted, **options)  # type: ignore[arg-type]
+
+    rig.management.volume = use_it_meanwhile  # type: ignore[assignment, method-assign]
+    assert rig.copy(source).volume_id == copy.volume_id
+    assert rig.use(copy).history is History.WRITTEN
+
+
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_source_that_is_gone_before_its_history_was_read_leaves_it_unknown(rig: Rig, is_made_again: bool) -> None:
     source, create_volume = rig.create(), rig.management.create_volume
 
     def delete_source_after(*arguments: object, **options: object) -> object:
         made = create_volume(*arguments, **options)  # type: ignore[arg-type]
         rig.world.delete(source.volume_id)
+        rig.management.create_volume = create_volume  # type: ignore[method-assign]
+        if is_made_again:
+            rig.create()
         return made
 
     rig.management.create_volume = delete_source_after  # type: ignore[assignment, method-assign]
