@@ -42,15 +42,13 @@ class Clones:
         file = self._checked(item.source)
         volume = self.store.write(lambda change: self._record(change, item, file))
         try:
-            self._copy(volume, item.source, file)
+            return self._copied(volume, item.source, file)
         except DriverError as problem:
             self.volumes.worker.soon(f"remove {volume.uuid}", lambda: self._removed(volume))
             if isinstance(problem, SystemCallFailed) and problem.errno in NO_SPACE:
                 reason = f"Volume {volume.name} cannot be made: {problem}"
                 raise ApiError(documents.NO_SNAPSHOT_SPACE, reason) from problem
             raise
-        current = self.store.get(VOLUMES, volume.name)
-        return current if current is not None and current.uuid == volume.uuid else volume
 
     def _checked(self, source: CloneSource) -> Path:
         """Return the source's file. Raises ApiError where it cannot be copied; the extents of a snapshot do not count,
@@ -80,20 +78,21 @@ class Clones:
         self.volumes.allocator.record(change, made)
         return made
 
-    def _copy(self, volume: Volume, source: CloneSource, file: Path) -> None:
+    def _copied(self, volume: Volume, source: CloneSource, file: Path) -> Volume:
         with self.snapshots.locks.hold(lock_of(source.id) if source.kind == "snapshot" else source.uuid):
             if reason := source.kind == "volume" and self.volumes.why_other_file(source.uuid):
                 raise _not_usable(source, reason)
             _check(volume, _present(self.store, source))  # a volume may have grown
             occupied_bytes = self.pool.reflink(file, self.pool.file(volume.uuid), volume.bytes)
-            self.store.write(lambda change: self._finish(change, volume, occupied_bytes // BLOCK_SIZE))
+            made = self.store.write(lambda change: self._finish(change, volume, occupied_bytes // BLOCK_SIZE))
         _log.info("volume %s, uuid %s, is a copy of %s %s", volume.name, volume.uuid, source.kind, source.id)
+        return made
 
-    def _finish(self, change: Change, volume: Volume, shared_blocks: int) -> None:
-        current = change.get(VOLUMES, volume.name)
-        if current is not None and current.uuid == volume.uuid and current.action == "initializing":
-            made = replace(current, action="none", status="online", shared_blocks=shared_blocks)
-            self.volumes.allocator.record(change, made, current)
+    def _finish(self, change: Change, volume: Volume, shared_blocks: int) -> Volume:
+        current = change.get(VOLUMES, volume.name) or volume  # its metadata may have been updated
+        made = replace(current, action="none", status="online", shared_blocks=shared_blocks)
+        self.volumes.allocator.record(change, made, current)
+        return made
 
     def _removed(self, volume: Volume) -> bool:
         self.store.write(lambda change: _mark(change, volume))
