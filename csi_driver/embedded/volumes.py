@@ -69,7 +69,7 @@ class Volumes:
             self.store.write(lambda change: self._forget(change, volume.name, volume.uuid))
             refusal = _not_allocated if problem.errno in NO_SPACE else _not_saved
             raise refusal(str(problem)) from problem
-        self.finish_creation(volume.name)
+        self.worker.soon(f"finish the creation of {volume.uuid}", lambda: self.finish_creation(volume.name))
         current = self.store.get(VOLUMES, volume.name)
         return current if current is not None and current.uuid == volume.uuid else volume
 
@@ -130,11 +130,11 @@ class Volumes:
         encryption = Encryption(header_mib=item.encryption.header_size) if item.is_encrypted else None
         return BUILT_IN_GROUPS[item.vpg] if item.vpg else item.layout(), encryption
 
-    def finish_creation(self, name: str) -> None:
+    def finish_creation(self, name: str) -> bool:
         """Set a volume online after its file was created."""
         volume = self.store.get(VOLUMES, name)
         if volume is None or volume.action != "initializing":
-            return
+            return True
 
         def online(change: Change) -> None:
             current = change.get(VOLUMES, name)
@@ -143,6 +143,7 @@ class Volumes:
                 change.put(VOLUMES, name, replace(current, action=action, status="online"))
 
         self.store.write(online)
+        return True
 
     def check_file(self, name: str) -> str:
         """Return why a volume's file cannot be used ("" = it can) and set the volume's status accordingly.
@@ -218,7 +219,8 @@ class Volumes:
                 self.store.write(lambda change: self._undo_extension(change, before))
                 number = 1675 if problem.errno in NO_SPACE else 500
                 raise _not_extended(number, f"extension create failed: {problem}") from problem
-        self.finish_extension(item.id)
+        # Its space is recorded, and its file has it: what is left is its action.
+        self.worker.soon(f"finish the extension of {item.uuid}", lambda: self.finish_extension(item.id))
 
     def _extended(self, change: Change, item: Extension, lost: str) -> Volume:
         volume, capacity = _found(change, item.id, item.uuid), item.capacity
@@ -244,11 +246,11 @@ class Volumes:
         self.allocator.record(change, extended, volume)
         return extended
 
-    def finish_extension(self, name: str) -> None:
+    def finish_extension(self, name: str) -> bool:
         """Clear the action of a volume after its file has grown."""
         extended = self.store.get(VOLUMES, name)
         if extended is None or extended.action != "extending":
-            return
+            return True
 
         def finished(change: Change) -> None:
             volume = change.get(VOLUMES, name)
@@ -256,6 +258,7 @@ class Volumes:
                 change.put(VOLUMES, name, replace(volume, action="none"))
 
         self.store.write(finished)
+        return True
 
     def _undo_extension(self, change: Change, before: Volume | None) -> None:
         """Free the space of an extension that the file could not get; the caller holds the volume's lock."""

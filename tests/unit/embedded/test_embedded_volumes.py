@@ -18,7 +18,7 @@ from csi_driver.errors import StorageUnavailable
 from tests.storage_switches import add_points
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
-from tests.unit.embedded.manager import Manager, calls_of, running, settings_in
+from tests.unit.embedded.manager import Json, Manager, calls_of, running, settings_in
 
 
 def test_a_snapshot_is_refused_and_leaves_its_source_as_it_was(manager: Manager) -> None:
@@ -116,6 +116,29 @@ def test_an_extension_leaves_the_action_of_an_encryption_that_is_still_to_come(
         manager.save("data", isEncrypted=True, VPG=None, RAIDLevel="Concatenated")
         manager.extend("data", 2)
         assert manager.volume("data")["action"] == "initEncryptionRequired"
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_volume_whose_last_commit_is_refused_is_completed_by_a_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, grows: bool
+) -> None:
+    writes, commits = Store._write_rows, list[str]()
+
+    def refuse_the_second(self: Store, puts: Json, deleted: Json) -> None:
+        commits.extend(kind for kind, *_ in puts if kind == "volumes")
+        if len(commits) == 2:
+            raise sqlite3.DatabaseError("refused")
+        writes(self, puts, deleted)
+
+    with running(settings_in(tmp_path, preallocate=not grows, retry_first_s=0.0)) as manager:
+        manager.server.pool._preallocate = False  # the file stays sparse
+        if grows:
+            manager.save("data")
+        monkeypatch.setattr(Store, "_write_rows", refuse_the_second)
+        assert (manager.extend("data", 2) if grows else manager.save("data"))["success"]
+        assert manager.volume("data")["action"] == ("extending" if grows else "initializing")
+        manager.server.worker.run_due()
+        assert manager.volume("data")["action"] == "none"
 
 
 def test_one_manager_holds_a_pool(tmp_path: Path) -> None:
