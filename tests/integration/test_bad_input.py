@@ -20,6 +20,7 @@ from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.client import CsiClient
 from tests.integration.rig import Rig, Volume, filesystem, in_parallel, running
+from tests.reflink_pool import mounted
 
 pytestmark = pytest.mark.root
 
@@ -34,11 +35,11 @@ WRONG = ("INTERNAL", "UNKNOWN", "UNIMPLEMENTED", "DATA_LOSS")
 
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """A rig that takes only paths below a directory of its own."""
-    place = tmp_path_factory.mktemp("bad")
-    (place / "d.paths").mkdir()
-    with running(place / "d", "--path-root", str(place / "d.paths")) as rig:
-        yield rig
+    """A rig that takes only paths below a directory of its own, with snapshots."""
+    with mounted(tmp_path_factory.mktemp("bad"), size_mib=40 << 10) as place:
+        (place / "d.paths").mkdir()
+        with running(place / "d", "--path-root", str(place / "d.paths")) as rig:
+            yield rig
 
 
 @pytest.fixture
@@ -229,7 +230,9 @@ REQUESTS: dict[str, type[Message]] = {
     for name in (
         "GetPluginInfo", "GetPluginCapabilities", "Probe", "CreateVolume", "DeleteVolume", "ControllerPublishVolume",
         "ControllerUnpublishVolume", "ValidateVolumeCapabilities", "ListVolumes", "GetCapacity", "ControllerGetVolume",
-        "ControllerExpandVolume", "ControllerGetCapabilities", "NodeStageVolume", "NodeUnstageVolume",
+        "ControllerExpandVolume", "ControllerGetCapabilities", "CreateSnapshot", "DeleteSnapshot", "ListSnapshots",
+        "GetSnapshot", "CreateVolumeGroupSnapshot", "DeleteVolumeGroupSnapshot", "GetVolumeGroupSnapshot",
+        "GroupControllerGetCapabilities", "NodeStageVolume", "NodeUnstageVolume",
         "NodePublishVolume", "NodeUnpublishVolume", "NodeGetVolumeStats", "NodeExpandVolume", "NodeGetCapabilities",
         "NodeGetInfo",
     )
@@ -272,6 +275,7 @@ class Generator:
         volume_id = self.ids[self.random.randrange(3)]
         good: dict[str, object] = {
             "volume_id": volume_id,
+            "source_volume_id": volume_id,
             "node_id": self.nodes[0],
             "name": self.names[self.random.randrange(2)],
             "staging_target_path": self.paths[0],
@@ -347,13 +351,14 @@ class Generator:
                 return self.random.choice([0, 1, -1, 4096, 1 << 30, 2 << 30, (1 << 30) + 1, 1 << 62, 2**63 - 1])
 
     def _text(self, name: str) -> str:
-        pools = {"volume_id": self.ids, "node_id": self.nodes, "name": self.names}
+        kinds = ("volume_id", "source_volume_id", "source_volume_ids", "snapshot_id")
+        pools = dict.fromkeys(kinds, self.ids) | {"node_id": self.nodes, "name": self.names}
         pool = self.paths if name.endswith("path") else pools.get(name, self.texts)
         return self.random.choice(pool if self.random.random() < 0.9 else self.texts)
 
 
 def send(client: CsiClient, name: str, request: Message) -> str:
-    for stub in (client.identity, client.node if name.startswith("Node") else client.controller):
+    for stub in (client.identity, client.groups, client.node if name.startswith("Node") else client.controller):
         method = getattr(stub, name, None)
         if method is not None:
             return outcome(partial(client.call, method, request, timeout_s=CALL_TIMEOUT_S))
