@@ -52,20 +52,24 @@ def refusals(calls: Sequence[Callable[[], object]]) -> list[str]:
     return found
 
 
-def cut_if_possible(rig: Rig, name: str, volume: Volume) -> str:
-    """Return the id of the snapshot, "" when there is no space for it."""
+def if_possible(call: Callable[[], str]) -> str:
+    """Return the id that the call returns, "" when there is no space for it."""
     try:
-        return rig.controller.cut(name, volume.id).snapshot_id
+        return call()
     except CallFailed as refusal:
         if refusal.code != "RESOURCE_EXHAUSTED":
             raise
         return ""
 
 
-def cut_soon(rig: Rig, name: str, volume: Volume) -> str:
-    """Cut a volume when the filesystem has freed the blocks of what was removed: xfs does it in the background."""
-    wait_for(lambda: cut_if_possible(rig, name, volume), f"space for {name}", 30)
-    return rig.controller.cut(name, volume.id).snapshot_id
+def soon(call: Callable[[], str]) -> str:
+    """Repeat the call until xfs has freed the blocks of what was removed, which it does in the background."""
+    wait_for(lambda: if_possible(call), "space")
+    return call()
+
+
+def cut_of(volume: Volume, name: str) -> str:
+    return volume.rig.controller.cut(name, volume.id).snapshot_id
 
 
 def made_from(volume: Volume, snapshot_id: str, name: str) -> str:
@@ -81,7 +85,7 @@ def test_cuts_are_refused_before_a_writer_runs_out_of_space(rig: Rig) -> None:
     other = rig.volume(raw_block(), size=VOLUME_BYTES)
     volume.up()
     rewrite(volume)
-    while cut := cut_if_possible(rig, f"cut-{len(cuts)}", volume):
+    while cut := if_possible(lambda: cut_of(volume, f"cut-{len(cuts)}")):
         cuts.append(cut)
         rewrite(volume)
     assert len(cuts) >= 2
@@ -97,12 +101,12 @@ def test_cuts_are_refused_before_a_writer_runs_out_of_space(rig: Rig) -> None:
     assert [each.snapshot_id for each in rig.controller.snapshots()] == sorted(cuts)
     rewrite(volume)
     rig.controller.delete_snapshot(cuts.pop())
-    cuts.append(cut_soon(rig, again, volume))
+    cuts.append(soon(lambda: cut_of(volume, again)))
     rewrite(volume)
     other.delete()
     for each in cuts[1:]:
         rig.controller.delete_snapshot(each)
-    rig.controller.delete_volume(made_from(volume, cuts[0], "copy"))
+    rig.controller.delete_volume(soon(lambda: made_from(volume, cuts[0], "copy")))
     rewrite(volume)
     rig.controller.delete_snapshot(cuts[0])
     volume.end()
@@ -127,9 +131,9 @@ def test_on_a_filesystem_that_others_filled_all_is_refused_until_they_are_gone(r
     rig.controller.delete_snapshot(first)
     rewrite(volume)
     ballast.unlink()
-    rig.controller.delete_snapshot(cut_soon(rig, "second", volume))
+    rig.controller.delete_snapshot(soon(lambda: cut_of(volume, "second")))
     group = rig.controller.cut_group("group", [volume.id])
-    copy = made_from(volume, group.snapshots[0].snapshot_id, "copy")
+    copy = soon(lambda: made_from(volume, group.snapshots[0].snapshot_id, "copy"))
     rewrite(volume)
     rig.controller.delete_volume(copy)
     rig.controller.delete_group(group)
