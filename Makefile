@@ -38,7 +38,7 @@ demo: ## as root: create, mount, expand and delete a volume on this machine, ste
 	@$(BIN)/nvmesh-csi demo
 
 .PHONY: test
-test: $(VENV)/test $(SANITY) debian-packages ## all tests; as root also those on real devices (13 min / 11 min)
+test: $(VENV)/test $(SANITY) debian-packages ## all tests; as root also those on real devices (17 min / 15 min)
 ifdef PYTEST_ARGS
 	@echo '== pytest'
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
