@@ -100,10 +100,9 @@ def _all_loops() -> list[Loop]:
     listed = subprocess.run(
         ["losetup", "--noheadings", "--list", "--output", ",".join(columns)], capture_output=True, text=True
     )
-    return [
-        Loop(device, file_system, int(inode))
-        for device, file_system, inode in map(str.split, listed.stdout.splitlines())
-    ]
+    # One whose file can no longer be asked, as on a FUSE filesystem that ended, has no numbers; no cluster has such.
+    rows = (row for row in map(str.split, listed.stdout.splitlines()) if len(row) == len(columns))
+    return [Loop(device, file_system, int(inode)) for device, file_system, inode in rows]
 
 
 def _read(path: str) -> str:
