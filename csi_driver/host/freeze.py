@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hold the writes to several volumes' files at the same time, so that copies of the files are of one moment.
 
-The mounted filesystems on the volumes' loop devices are frozen by a process of their own, which thaws them whatever
-happens (`freeze_guard`). The proof that nothing was written is the kernel's: a loop device counts the bytes of all
-requests that change its file, and the counts before and after must be equal. It holds for what is not frozen too: a
-device that nobody uses, and one that is mounted or opened meanwhile.
+The mounted filesystems on the volumes' loop devices are frozen by a separate process, which thaws them also after a
+failure (`freeze_guard`). The proof that nothing was written is the kernel's: a loop device counts the bytes of all
+requests that change its file, and the counts before and after must be equal. That also holds for devices that
+are not frozen: an unused one, and one that is mounted or opened meanwhile.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Mounted:
 
 @dataclass(frozen=True, slots=True)
 class Freezer:
-    """Freezes for a manager, whose pool is `directory`; the records of what is frozen are there."""
+    """Freezes for the manager of the pool `directory`; the records of frozen filesystems are there."""
 
     directory: Path
     loops: LoopDevices = field(default_factory=LoopDevices)
@@ -81,7 +81,7 @@ class Freezer:
             yield end
 
     def recover(self) -> bool:
-        """Thaw what is left frozen by a guard that was killed; False: retry later."""
+        """Thaw the filesystems that a killed guard left frozen; False: retry later."""
         are_over = list(map(self._recovered, sorted(self.directory.glob(f"{_PREFIX}*"))))
         return all(are_over)
 
@@ -143,7 +143,7 @@ class Freezer:
             return not path.exists()
 
     def _finish(self, path: Path, record: int) -> bool:
-        """Thaw what a guard left frozen by its record, and remove the record; the caller has its lock."""
+        """Thaw the filesystems of a guard's record, and remove the record; the caller has its lock."""
         left = _left(record)
         paths = _paths(left.values())
         if paths:
@@ -175,7 +175,7 @@ def _places(record: int) -> list[int]:
 
 
 def _left(record: int) -> dict[int, DeviceNumber]:
-    """Return the devices whose filesystem may be frozen by a record, by the offset of their state."""
+    """Return the devices with a filesystem that may be frozen by a record, by the offset of their state."""
     head, _, states = os.pread(record, _MOST_RECORD_BYTES, 0).partition(b"\n")
     if _boot_id().encode() not in head:  # also a record that a power failure damaged
         return {}
@@ -356,7 +356,7 @@ def _opened_by(process: Path) -> set[DeviceNumber]:
     with contextlib.suppress(OSError):  # it has ended, or may not be read
         for name in os.listdir(process / "fd"):
             link = process / "fd" / name
-            # Only of files with a path: what has none is no device.
+            # Only of files with a path: one without is no device.
             if os.readlink(link).startswith("/"):
                 found.add(DeviceNumber(*statx(link, follow=True).node))
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Freezes mounted filesystems and thaws them whatever happens. A program of its own: `freeze` starts and commands it.
+"""Freezes filesystems, and thaws them also after a failure. A separate program: `freeze` starts and commands it.
 
 It needs nothing of this package, so that it starts in a moment. Commands are lines on standard input, the first one a
 JSON object; reports are lines on standard output. It thaws on command, when its time is up, and when standard input
@@ -7,7 +7,8 @@ ends, as it does when the process that started it is killed. A freeze that the k
 filesystem frozen: it is thawed when it returns.
 
 Descriptor 3 is the record. Its last bytes are the states of the filesystems; each is written before and after the call
-that changes it. So what a killed guard left frozen is known, and what another program froze is not thawed.
+that changes it. So the filesystems that a killed guard left frozen are known, and those that another program froze are
+not thawed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 RECORD_FD = 3
 PREPARE_S = 15.0
-"""Limit for opening the filesystems and writing out what is cached, before the first freeze."""
+"""Limit for opening the filesystems and writing out cached data, before the first freeze."""
 NOT_BEGUN, BEGUN, FROZEN, OVER = b".", b"?", b"F", b"-"
 READY, ALL_FROZEN, THAWED, FAILED = "ready", "frozen", "thawed", "failed "
 FREEZE_COMMAND, THAW_COMMAND = b"freeze\n", b"thaw\n"
@@ -120,12 +121,12 @@ class Guard:
         self._ending = threading.Event()
 
     def prepare(self) -> None:
-        """Open the filesystems and write out most of what is cached, so that the freeze is short."""
+        """Open the filesystems and write out most of the cached data, so that the freeze is short."""
         for each in self.filesystems:
             each.open(self._excluded)
         libc = ctypes.CDLL(None)
         for each in self.filesystems:
-            libc.syncfs(each.fd)  # the freeze syncs again and tells of errors
+            libc.syncfs(each.fd)  # the freeze syncs again and reports errors
         report(READY)
 
     def freeze(self) -> None:
@@ -144,7 +145,7 @@ class Guard:
         report(ALL_FROZEN)
 
     def thaw(self) -> None:
-        """Thaw all, each in a thread: one whose device hangs delays no other."""
+        """Thaw all, each in a thread: a hanging device delays no other."""
         with self._changing:
             self._ending.set()
             frozen = [each for each in self.filesystems if each.is_frozen]
@@ -175,7 +176,7 @@ def start(act: Callable[[], None]) -> threading.Thread:
 
 
 def report(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be left to read it
+    with contextlib.suppress(OSError):  # the reader may have ended
         os.write(1, line.replace("\n", " ").encode(errors="replace") + b"\n")
 
 
