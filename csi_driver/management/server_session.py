@@ -156,10 +156,9 @@ class ServerSession:
             self._open(request, cookie or "", deadline)
             response = self._exchange(request, self._cookie, deadline)
             if _requires_login(response):
-                raise errors.Unauthenticated(
-                    f"management server {self.url} requires a login right after a successful one; "
-                    "check its clock and sessions"
-                )
+                # Restarted again meanwhile, or it never keeps a session: either way nothing was executed.
+                reason = "it requires a login right after a successful one; check its clock and sessions"
+                raise errors.ServerUnreachable(self.url, reason)
         if response.status == 401 and not self._settings.has_user and not _lacks_permission(response):
             raise errors.Unauthenticated(
                 f"management server {self.url} has no user for the client certificate "
