@@ -23,6 +23,7 @@ SANITY_VERSION := v5.6.0
 SANITY := $(CACHE)/bin/csi-sanity-$(SANITY_VERSION)
 HELM_VERSION := v4.3.1
 HELM := $(CACHE)/bin/helm-$(HELM_VERSION)
+MERMAID := $(CACHE)/mermaid.min.js
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PATH := $(CURDIR)/$(CACHE)/bin:$(PATH)
 
@@ -124,6 +125,17 @@ proto: $(VENV)/test ## generate csi_driver/rpc/pb from proto/*.proto (3 s)
 docs: $(VENV)/runtime ## generate the tables of docs/parameters.md and docs/mkfs.md (1 s)
 	@$(BIN)/python -m tests.tools.document_tables
 
+.PHONY: docs-site
+docs-site: $(CACHE)/docs $(MERMAID) ## build the documentation site in build/site; every link is checked (1 min / 10 s)
+	@mkdir -p build/site-pages
+	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(CACHE)/docs/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
+	@echo 'build/site/index.html'
+
+.PHONY: docs-serve
+docs-serve: $(CACHE)/docs $(MERMAID) ## the same at http://127.0.0.1:8000, built again after each change
+	@mkdir -p build/site-pages
+	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(CACHE)/docs/bin/mkdocs serve --config-file docs/site/mkdocs.yml --watch docs --watch README.md
+
 .PHONY: chart
 chart: $(VENV)/test ## generate the flags in the Helm chart's schema (1 s)
 	@$(BIN)/python -m tests.tools.chart_schema
@@ -169,6 +181,13 @@ $(CACHE)/lock:
 $(CACHE)/release: requirements/release.txt
 	@tests/tools/make-venv '$(PYTHON)' $@
 	@$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/release.txt
+
+$(CACHE)/docs: requirements/docs.txt
+	@tests/tools/make-venv '$(PYTHON)' $@
+	@$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/docs.txt
+
+$(MERMAID): tests/tools/install-mermaid
+	@tests/tools/install-mermaid $@
 
 $(SANITY): tests/tools/install-csi-sanity
 	@tests/tools/install-csi-sanity $(SANITY_VERSION) $@ '$(PYTHON)'
