@@ -122,8 +122,13 @@ proto: $(VENV)/test ## generate csi_driver/rpc/pb from proto/*.proto (3 s)
 	@$(BIN)/python proto/generate.py
 
 .PHONY: docs
-docs: $(VENV)/runtime ## generate the tables of docs/parameters.md and docs/mkfs.md (1 s)
+docs: $(VENV)/runtime ## generate the tables of docs/parameters.md and docs/mkfs.md, and the plugin's advice (1 s)
 	@$(BIN)/python -m tests.tools.document_tables
+	@$(BIN)/python -m tests.tools.plugin_advice
+
+.PHONY: plugin
+plugin: ## build kubectl nvmesh as one file, dist/kubectl-nvmesh (1 s)
+	@tests/tools/build-plugin
 
 .PHONY: docs-site
 docs-site: $(CACHE)/docs $(MERMAID) ## build the documentation site in build/site; every link is checked (1 min / 10 s)

@@ -6,6 +6,7 @@ Each command imports its own modules when it runs: the node loads no REST client
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -101,7 +102,24 @@ def _run_local_command(command: Command) -> int:
 
 
 def _volume(command: VolumeCommand) -> int:
-    from csi_driver.config.csi_commands import ALLOW_FORMAT
+    from csi_driver.config.csi_commands import HOLDERS
+
+    try:
+        if command.action == HOLDERS:
+            from csi_driver.host.device_users import device_users
+
+            print(json.dumps(device_users(command.device_directory, command.status_directory, command.handle)))
+        else:
+            _administer(command)
+    except DriverError as error:
+        if command.as_json:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        raise
+    return OK
+
+
+def _administer(command: VolumeCommand) -> None:
+    from csi_driver.config.csi_commands import ALLOW_FORMAT, LIST
     from csi_driver.controller.admin import VolumeAdmin
     from csi_driver.deadline import Deadline
     from csi_driver.management.client import ManagementClient
@@ -113,10 +131,13 @@ def _volume(command: VolumeCommand) -> int:
         admin = VolumeAdmin(clusters)
         if command.action == ALLOW_FORMAT:
             print(admin.allow_format(command.handle, deadline=deadline))
+        elif command.action == LIST:
+            print(json.dumps(admin.listing(deadline=deadline)))
+        elif command.as_json:
+            print(json.dumps(admin.document(command.handle, deadline=deadline)))
         else:
             for name, value in admin.show(command.handle, deadline=deadline):
                 print(f"{name + ':':<15} {value}")
-    return OK
 
 
 def _storage(command: StorageCommand) -> int:

@@ -228,7 +228,7 @@ def choice(*words: Word) -> Reader[Word]:
 class Flag(Generic[T]):
     """One flag. `shown` is its default in the help, where the value does not say all.
 
-    A name without dashes is a positional word: required, without environment variable.
+    A name without dashes is a positional word, without environment variable.
     """
 
     default: T

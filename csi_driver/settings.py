@@ -224,6 +224,9 @@ class ControllerSettings(AttachSettings):
 DEVICE_DIRECTORY = Flag(
     Path("/dev/nvmesh"), "--device-directory", read_directory, "Directory with the devices of attached volumes."
 )
+STATUS_DIRECTORY = Flag(
+    Path("/proc/nvmeibc"), "--status-directory", read_directory, "Directory with the storage client's status files."
+)
 STATE_DIRECTORY = Flag(
     Path(),
     "--state-directory",
@@ -299,9 +302,7 @@ class NodePaths:
     topology_key: str | None = TOPOLOGY_KEY.with_default(None, TOPOLOGY_KEY.shown_default)
     path_roots: tuple[Path, ...] = PATH_ROOT.field()
     device_directory: Path = DEVICE_DIRECTORY.field()
-    status_directory: Path = flag(
-        Path("/proc/nvmeibc"), "--status-directory", read_directory, "Directory with the storage client's status files."
-    )
+    status_directory: Path = STATUS_DIRECTORY.field()
     registration_directory: Path | None = flag(
         None,
         "--kubelet-registration-directory",

@@ -25,10 +25,14 @@ COMMANDS = {
     "demo": "Create, use and delete volumes on this machine, step by step, and clean up.",
     "doctor": "Check this machine and the driver's requirements. Exit status: 1 when a check fails.",
     "pre-stop": "Wait, before the node's pod stops, until a node that is being drained has no volume left.",
-    "volume": "Print the state of a volume, or allow that its old data is formatted over, once.",
+    "volume": "Print volumes and their users, or allow that the old data of one is formatted over, once.",
     "version": "Print the version.",
 }
-BESIDE: Mapping[str, Sequence[str]] = {"doctor": ("node", "controller"), "pre-stop": ("node",)}
+BESIDE: Mapping[str, Sequence[str]] = {
+    "doctor": ("node", "controller"),
+    "pre-stop": ("node",),
+    "volume": ("node", "controller"),
+}
 """Commands that take missing flags from the arguments and environment of a running role."""
 
 _LOCAL_COMMANDS = ("storage", "local", "demo", "doctor")
@@ -72,12 +76,13 @@ def parse(
     arguments, unknown = _parser(name, flags).parse_known_args(list(argv))
     if arguments.command is None:
         raise UsageError([f"no command given; expected one of {', '.join(COMMANDS)}"])
-    given = {flag: getattr(arguments, flag) or [] for flag in flags}
-    running = find_running(BESIDE[name]) if name in BESIDE else None
+    given = {flag: [text for text in getattr(arguments, flag) or () if text is not None] for flag in flags}
+    running = find_running(BESIDE[name]) if name in BESIDE and not _is_complete(name, given) else None
     if running is not None:
         # The role's other flags mean nothing to this command.
-        theirs, _ = _parser(name, flags).parse_known_args([name, *running.arguments])
-        given = {flag: texts or getattr(theirs, flag) or [] for flag, texts in given.items()}
+        named = {flag: each for flag, each in flags.items() if not each.is_positional}
+        theirs, _ = _parser(name, named).parse_known_args([name, *running.arguments])
+        given = {flag: texts or getattr(theirs, flag, None) or [] for flag, texts in given.items()}
         environ = {**running.environ, **environ}
     values = Values(given, environ, running)
     command = kind.read(values)
@@ -85,6 +90,11 @@ def parse(
     if problems:
         raise UsageError(problems)
     return command
+
+
+def _is_complete(name: str, given: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether the arguments name a management, which must not be mixed with the one of a running role."""
+    return name == "volume" and any(given[flag] for flag in ("--management-server", "--clusters-file"))
 
 
 def _unknown(arguments: Sequence[str], command: str, flags: Iterable[str]) -> Iterator[str]:
@@ -125,5 +135,7 @@ def _parser(chosen: str, flags: Mapping[str, Flag[Any]]) -> argparse.ArgumentPar
             value: dict[str, Any] = {} if flag.is_positional else {"dest": flag.name, "metavar": flag.read.metavar}
             if flag.read is read_boolean:
                 value |= {"nargs": "?", "const": "true"}
+            elif flag.is_positional and not flag.is_required:
+                value |= {"nargs": "?"}
             command.add_argument(flag.name, action="append", help=flag.describe().replace("%", "%%"), **value)
     return parser

@@ -10,11 +10,13 @@ from typing import Self
 
 from csi_driver import settings
 from csi_driver.config.command import Command, Values, build, flags_of
+from csi_driver.errors import shown
 from csi_driver.flags import (
     SOCKET_PATH_LIMIT_BYTES,
     choice,
     flag,
     host_name,
+    read_boolean,
     read_duration,
     read_file,
     read_positive_duration,
@@ -26,7 +28,7 @@ from csi_driver.flags import (
 from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
 from csi_driver.telemetry.log import LogSettings
 
-ALLOW_FORMAT, SHOW = "allow-format", "show"
+ALLOW_FORMAT, SHOW, LIST, HOLDERS = "allow-format", "show", "list", "holders"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +155,28 @@ class VolumeCommand(ClusterCommand):
     action: str = required(
         SHOW,
         "ACTION",
-        choice(ALLOW_FORMAT, SHOW),
+        choice(ALLOW_FORMAT, HOLDERS, LIST, SHOW),
         f"{SHOW}: print the volume, its attachments, and when it would be formatted. {ALLOW_FORMAT}: allow only the"
-        " next attachment to format it over any data; the volume must be detached.",
+        f" next attachment to format it over any data; the volume must be detached. {LIST}: print all volumes and"
+        f" snapshots. {HOLDERS}: print what uses the volume's device on this node; asks no management.",
     )
-    handle: str = required("", "HANDLE", read_text, "Volume handle: volumeHandle of the PersistentVolume.")
+    handle: str = flag(
+        "", "HANDLE", read_text, f"Volume handle: volumeHandle of the PersistentVolume; not for {LIST}.", shown="none"
+    )
+    as_json: bool = flag(False, "--json", read_boolean, f"Print one JSON document, as {LIST} and {HOLDERS} always do.")
+    device_directory: Path = settings.DEVICE_DIRECTORY.field()
+    status_directory: Path = settings.STATUS_DIRECTORY.field()
     timeout_s: float = flag(60.0, "--timeout", read_positive_duration, "Time limit.")
     access: ManagementAccess = section(ManagementAccess)
     log: LogSettings = section(LogSettings)
+
+    def problems(self, values: Values) -> Iterator[str]:
+        if self.action != HOLDERS:
+            yield from self.access.problems()
+        if self.action != LIST and not self.handle:
+            yield f"HANDLE is required for {self.action}"
+        if self.action == LIST and self.handle:
+            yield f"unexpected argument {shown(self.handle)} for volume {LIST}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

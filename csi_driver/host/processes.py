@@ -109,6 +109,20 @@ def run(
     return Completed(status, output, text)
 
 
+def run_here(argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") -> Completed:
+    """Run a program of the person who called this one: with that environment, search path and directory.
+
+    Any exit status is returned. Raises `CommandTimedOut`, `ToolMissing`.
+    """
+    try:
+        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired as late:
+        raise CommandTimedOut(argv, timeout_s) from late
+    except (FileNotFoundError, PermissionError) as failure:
+        raise ToolMissing(argv[0], package_of(argv[0])) from failure
+    return Completed(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+
+
 def start_script(script: Path, descriptors: Mapping[int, int]) -> int:
     """Start a script that needs nothing but Python's library, and return its process id; `collect` must follow."""
     argv = [sys.executable, "-I", "-S", str(script)]

@@ -64,7 +64,7 @@ def _flags(command: str) -> Iterator[str]:
         if flag.describe() == above.get(flag.name):
             continue
         if flag.is_positional:
-            yield _row([f"`{flag.name}`", "required", "", flag.explain()])
+            yield _row([f"`{flag.name}`", flag.shown_default or "required", "", flag.explain()])
             continue
         name = f"`{flag.name}`" if flag.read is read_boolean else f"`{flag.name} {flag.read.metavar}`"
         value = [_chart_value(command, flag)] if in_chart else []

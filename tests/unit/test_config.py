@@ -139,13 +139,16 @@ def test_volume_needs_an_action_a_handle_and_a_server() -> None:
     command = read(VolumeCommand, ["volume", "allow-format", "z:v1", *CONTROLLER[2:]])
     assert (command.action, command.handle, command.timeout_s) == ("allow-format", "z:v1", 60.0)
     assert command.access.management.servers == ("https://m:4000",)
-    assert "HANDLE" in problems(["volume", "show"])
+    assert "HANDLE is required for show" in problems(["volume", "show"])
+    assert "unexpected argument 'z:v1'" in problems(["volume", "list", "z:v1", *CONTROLLER[2:]])
+    assert read(VolumeCommand, ["volume", "list", *CONTROLLER[2:]]).handle == ""
+    assert read(VolumeCommand, ["volume", "holders", "z:v1"]).device_directory == Path("/dev/nvmesh")
     assert "allow-format" in problems(["volume", "format", "v1", *CONTROLLER[2:]])
 
 
 def test_positional_words_are_not_read_from_the_environment() -> None:
     environ = {"NVMESH_CSI_HANDLE": "v1", "NVMESH_CSI_ACTION": "allow-format"}
-    assert problems(["volume"], environ) == "the following arguments are required: ACTION, HANDLE"
+    assert problems(["volume"], environ) == "the following arguments are required: ACTION"
 
 
 def test_version_has_no_flags() -> None:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of `kubectl nvmesh`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from csi_driver import driver_version
+from csi_driver.errors import DriverError
+from csi_driver.plugin import volumes
+from csi_driver.plugin.kubectl import Kubectl
+
+OK, FOUND, UNKNOWN = 0, 1, 2
+_EXIT_STATUS = "exit status: 0 nothing is wrong, 1 something is, 2 it cannot be told or the command line is wrong"
+
+
+def main(argv: Sequence[str] | None = None, version: str = "") -> int:
+    """Run the plugin and return its exit status. `version`: of the one-file build, which has no metadata."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "version":
+        print(version or driver_version())
+        return OK
+    kubectl = Kubectl([option for option in (_option(arguments, name) for name in _GLOBAL) if option])
+    try:
+        status: int = arguments.run(kubectl, arguments)
+    except DriverError as error:
+        print(f"kubectl nvmesh: {error}", file=sys.stderr)
+        return UNKNOWN
+    except (KeyboardInterrupt, BrokenPipeError):
+        return UNKNOWN
+    return status
+
+
+_GLOBAL = ("context", "kubeconfig")
+
+
+def _option(arguments: argparse.Namespace, name: str) -> str:
+    value = getattr(arguments, name)
+    return f"--{name}={value}" if value else ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kubectl nvmesh", description="Look at volumes of the NVMesh CSI driver.", epilog=_EXIT_STATUS
+    )
+    for name in _GLOBAL:
+        parser.add_argument(f"--{name}", help=f"As of kubectl: --{name}.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("version", help="Print the version of this plugin.")
+    listing = commands.add_parser("volumes", help="List claims with pod, node, attachment, health and size.")
+    listing.add_argument("-n", "--namespace", default="", help="Only claims of this namespace. Default: all.")
+    listing.add_argument("-o", "--output", choices=("table", "wide", "json"), default="table")
+    listing.add_argument("--tree", action="store_true", help="Show snapshots and copies below their volumes.")
+    listing.set_defaults(run=_volumes)
+    tree = commands.add_parser("snapshots", help="Show volumes with their snapshots and copies.")
+    tree.set_defaults(run=_volumes, namespace="", output="table", tree=True)
+    return parser
+
+
+def _volumes(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
+    objects, driver, storage = volumes.read(kubectl, arguments.namespace)
+    if "error" in storage:
+        print(f"kubectl nvmesh: {storage['error']}", file=sys.stderr)
+        return UNKNOWN
+    found = list(volumes.rows(objects, driver.name(), storage))
+    if arguments.namespace:
+        found = [row for row in found if row.namespace == arguments.namespace]
+    silent = [f"zone {each['zone']}: {each['error']}" for each in storage["zones"] if each["error"]]
+    if arguments.tree:
+        lines = list(volumes.Tree(found, storage).lines())
+    elif arguments.output == "json":
+        document = {"zones": storage["zones"], "volumes": [row.document() for row in found]}
+        lines = [json.dumps(document, indent=2)]
+    else:
+        heads = volumes.WIDE if arguments.output == "wide" else volumes.COLUMNS
+        has_notes = arguments.output == "table" and any(row.note for row in found)
+        heads = (*heads, "NOTE") if has_notes else heads
+        cells = [row.cells() for row in found]
+        shown = [(*line[: len(volumes.COLUMNS)], line[-1]) if arguments.output == "table" else line for line in cells]
+        lines = list(volumes.table(heads, shown))
+    print("\n".join(lines))
+    for problem in [*silent, *objects.gaps]:
+        print(f"kubectl nvmesh: not shown: {problem}", file=sys.stderr)
+    return UNKNOWN if silent or objects.gaps else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
