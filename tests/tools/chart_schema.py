@@ -19,6 +19,7 @@ from csi_driver.flags import Flag
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "helm" / "nvmesh-csi-driver" / "values.schema.json"
 
+_WIDTH = 120
 _CSI = {
     "--endpoint": "the chart's own",
     "--driver-name": "driverName",
@@ -120,7 +121,20 @@ def fresh(text: str) -> str:
     schema = json.loads(text)
     for role in OWN_VALUES:
         schema["$defs"][f"{role}Flags"] = flags_schema(role)
-    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+    return _written(schema, "") + "\n"
+
+
+def _written(value: object, margin: str) -> str:
+    """Return a value as JSON: on one line where it fits."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(margin) + len(line) <= _WIDTH or not isinstance(value, (dict, list)) or not value:
+        return line
+    inner = margin + "  "
+    if isinstance(value, list):
+        parts = [_written(one, inner) for one in value]
+    else:
+        parts = [f"{json.dumps(key)}: {_written(one, inner)}" for key, one in value.items()]
+    return "\n".join((line[0], ",\n".join(inner + part for part in parts), margin + line[-1]))
 
 
 if __name__ == "__main__":

@@ -47,11 +47,7 @@ apiVersion: storage.k8s.io/v1
 kind: StorageClass
 metadata:
   name: {{ $class.name | quote }}
-  labels:
-    {{- include "nvmesh-csi.labels" (dict "root" .root "component" "") | nindent 4 }}
-    {{- with $class.labels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+  labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" "" "labels" $class.labels) | nindent 4 }}
   {{- with $annotations }}
   annotations:
     {{- toYaml . | nindent 4 }}

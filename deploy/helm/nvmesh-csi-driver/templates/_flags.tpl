@@ -18,26 +18,26 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Flags of every role. */}}
+{{/* Flags of every role. Call with (dict "root" $ "role" NAME). */}}
 {{- define "nvmesh-csi.logArgs" -}}
-- --log-level={{ .Values.logLevel }}
-- --log-format={{ .Values.logFormat }}
+- --log-level={{ (index .root.Values .role).logLevel | default .root.Values.logLevel }}
+- --log-format={{ .root.Values.logFormat }}
 {{- end -}}
 
-{{/* Flags of controller and node. */}}
+{{/* Flags of controller and node. Call as above. */}}
 {{- define "nvmesh-csi.commonArgs" -}}
-- --driver-name={{ .Values.driverName }}
-{{- with .Values.zone }}
+- --driver-name={{ .root.Values.driverName }}
+{{- with .root.Values.zone }}
 - --zone={{ . }}
 {{- end }}
-{{- with include "nvmesh-csi.topologyKey" . }}
+{{- with include "nvmesh-csi.topologyKey" .root }}
 - --topology-key={{ . }}
 {{- end }}
-{{- with .Values.maxVolumesPerNode }}
+{{- with .root.Values.maxVolumesPerNode }}
 - --max-volumes-per-node={{ int64 . }}
 {{- end }}
-{{- if ne .Values.attachBy "controller" }}
-- --attach-by={{ .Values.attachBy }}
+{{- if ne .root.Values.attachBy "controller" }}
+- --attach-by={{ .root.Values.attachBy }}
 {{- end }}
 {{ include "nvmesh-csi.logArgs" . }}
 {{- end -}}

@@ -5,8 +5,9 @@
      and gets a hash, so that two long names that begin alike stay two. */}}
 {{- define "nvmesh-csi.fullname" -}}
 {{- $name := .Values.fullnameOverride | default .Release.Name -}}
-{{- if not (or .Values.fullnameOverride (contains "nvmesh-csi" .Release.Name)) -}}
-{{- $name = printf "%s-nvmesh-csi" .Release.Name -}}
+{{- $own := .Values.nameOverride | default "nvmesh-csi" -}}
+{{- if not (or .Values.fullnameOverride (contains $own .Release.Name)) -}}
+{{- $name = printf "%s-%s" .Release.Name $own -}}
 {{- end -}}
 {{- if gt (len $name) 40 -}}
 {{- printf "%s-%s" ($name | trunc 31 | trimSuffix "-" | trimSuffix ".") ($name | sha256sum | trunc 8) -}}
@@ -15,14 +16,14 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Labels of an object. Call with (dict "root" $ "component" NAME); NAME may be empty. */}}
+{{/* Labels of an object. Call with (dict "root" $ "component" NAME "labels" ITS OWN); NAME may be empty. */}}
 {{- define "nvmesh-csi.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{ include "nvmesh-csi.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: nvmesh-csi
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-{{- with .root.Values.commonLabels }}
+{{- with merge (dict) (.labels | default dict) .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
@@ -39,10 +40,13 @@ app.kubernetes.io/part-of: nvmesh-csi
 
 {{/* Labels that tell a role's pods; a workload's selector cannot be changed, so these never do. */}}
 {{- define "nvmesh-csi.selector" -}}
-app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/name: {{ .root.Values.nameOverride | default .root.Chart.Name }}
 app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- with .root.daemonSet }}
+nvmesh-csi/daemonset: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -79,13 +83,6 @@ imagePullSecrets:
 {{- $account.name | default (ternary (printf "%s-%s" (include "nvmesh-csi.fullname" .root) .role) "default" $account.create) -}}
 {{- end -}}
 
-{{/* What no container of ours needs, where it is not the node's or the storage manager's. */}}
-{{- define "nvmesh-csi.unprivileged" -}}
-allowPrivilegeEscalation: false
-readOnlyRootFilesystem: true
-capabilities: {drop: [ALL]}
-{{- end -}}
-
 {{/* Return whether one path is another, or lies below it: "true" or "". Call with (list PATH DIRECTORY). */}}
 {{- define "nvmesh-csi.isBelow" -}}
 {{- if hasPrefix (printf "%s/" (trimSuffix "/" (last .))) (printf "%s/" (trimSuffix "/" (first .))) -}}true{{- end -}}
@@ -94,12 +91,4 @@ capabilities: {drop: [ALL]}
 {{/* Name of a volume for a path of the host. */}}
 {{- define "nvmesh-csi.hostVolume" -}}
 {{- printf "host-%s" (. | sha256sum | trunc 10) -}}
-{{- end -}}
-
-{{/* How a workload is updated: of another way than RollingUpdate Kubernetes takes no terms of it. */}}
-{{- define "nvmesh-csi.updateStrategy" -}}
-type: {{ .type }}
-{{- if and (eq .type "RollingUpdate") .rollingUpdate }}
-rollingUpdate: {{- toYaml .rollingUpdate | nindent 2 }}
-{{- end }}
 {{- end -}}

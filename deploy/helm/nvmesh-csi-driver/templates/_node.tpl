@@ -52,3 +52,27 @@
 {{- end }}
 {{- end }}
 {{- end -}}
+
+{{/* The affinity of a DaemonSet's pods: its value, and no node of an additional DaemonSet, as two of them on one node
+     would serve one socket. Where two additional ones select a node, the first by name has it. */}}
+{{- define "nvmesh-csi.nodeAffinity" -}}
+{{- $own := .daemonSet -}}
+{{- $others := list -}}
+{{- range $name, $values := .Values.additionalDaemonSets -}}
+{{- if or (not $own) (lt $name $own) -}}
+{{- range $key, $value := $values.nodeSelector -}}
+{{- $others = append $others (dict "key" $key "operator" "NotIn" "values" (list $value)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $affinity := deepCopy .Values.node.affinity -}}
+{{- if $others -}}
+{{- $terms := list -}}
+{{- range dig "nodeAffinity" "requiredDuringSchedulingIgnoredDuringExecution" "nodeSelectorTerms" (list dict) $affinity -}}
+{{- $terms = append $terms (set . "matchExpressions" (concat (.matchExpressions | default list) $others)) -}}
+{{- end -}}
+{{- $required := dict "nodeSelectorTerms" $terms -}}
+{{- $affinity = mergeOverwrite $affinity (dict "nodeAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" $required)) -}}
+{{- end -}}
+{{- with $affinity }}{{ toYaml . }}{{ end -}}
+{{- end -}}

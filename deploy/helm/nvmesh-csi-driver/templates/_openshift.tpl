@@ -1,4 +1,8 @@
 {{- define "nvmesh-csi.scc" -}}
+{{- $volumes := .volumes -}}
+{{- range prepend (ternary (values .root.Values.additionalDaemonSets) list (eq .component "node")) (index .root.Values .component) -}}
+{{- range .extraVolumes -}}{{- $volumes = concat $volumes (keys (omit . "name")) -}}{{- end -}}
+{{- end -}}
 ---
 apiVersion: security.openshift.io/v1
 kind: SecurityContextConstraints
@@ -30,7 +34,7 @@ fsGroup:
 supplementalGroups:
   type: RunAsAny
 seccompProfiles: [runtime/default]
-volumes: {{ .volumes }}
+volumes: [{{ $volumes | uniq | sortAlpha | join ", " }}]
 # Empty: the RoleBinding below grants the use.
 users: []
 groups: []

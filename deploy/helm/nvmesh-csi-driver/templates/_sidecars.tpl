@@ -19,9 +19,32 @@ provisioner{{ if eq .Values.attachBy "controller" }} attacher{{ end }} resizer{{
 - --retry-interval-start={{ int .sidecar.retryIntervalStartSeconds }}s
 - --retry-interval-max={{ int .sidecar.retryIntervalMaxSeconds }}s
 {{- with .sidecar.httpPort }}
-- --http-endpoint=:{{ int . }}
+- --http-endpoint={{ ternary "127.0.0.1" "" $.root.Values.controller.hostNetwork }}:{{ int . }}
 {{- end }}
-- --v={{ int $all.logVerbosity }}
+{{- end -}}
+
+{{/* Last arguments of every sidecar. Call with (dict "root" $ "name" NAME). */}}
+{{- define "nvmesh-csi.sidecarLastArgs" -}}
+- --v={{ int .root.Values.sidecars.logVerbosity }}
+{{- if eq .root.Values.logFormat "json" }}
+- --logging-format=json
+{{- end }}
+{{- range (index .root.Values.sidecars .name).extraArgs }}
+- {{ . | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* A sidecar without its name, arguments and mounts. Call with (dict "root" $ "name" NAME "asRoot" BOOL): on the node
+     it is root without any capability, as the sockets are root's. */}}
+{{- define "nvmesh-csi.sidecarContainer" -}}
+{{- $all := .root.Values.sidecars -}}
+{{- $sidecar := index $all .name -}}
+{{- $own := include "nvmesh-csi.unprivileged" . | fromYaml -}}
+{{- if .asRoot -}}{{- $own = merge $own (dict "runAsNonRoot" false "runAsUser" 0 "runAsGroup" 0) -}}{{- end -}}
+image: {{ include "nvmesh-csi.image" (dict "root" .root "image" $sidecar.image) }}
+imagePullPolicy: {{ $sidecar.image.pullPolicy }}
+resources: {{- $sidecar.resources | default $all.resources | toYaml | nindent 2 }}
+securityContext: {{- mergeOverwrite $own (deepCopy $all.securityContext) | toYaml | nindent 2 }}
 {{- end -}}
 
 {{- define "nvmesh-csi.sidecarEnv" -}}
@@ -34,15 +57,13 @@ provisioner{{ if eq .Values.attachBy "controller" }} attacher{{ end }} resizer{{
 {{/* A sidecar of the controller. Call with (dict "root" $ "name" NAME "args" TEXT). */}}
 {{- define "nvmesh-csi.controllerSidecar" -}}
 {{- $sidecar := index .root.Values.sidecars .name -}}
+{{- $host := ternary ", host: 127.0.0.1" "" .root.Values.controller.hostNetwork -}}
 - name: {{ .name }}
-  image: {{ include "nvmesh-csi.image" (dict "root" .root "image" $sidecar.image) }}
-  imagePullPolicy: {{ $sidecar.image.pullPolicy }}
+  {{- include "nvmesh-csi.sidecarContainer" (dict "root" .root "name" .name) | nindent 2 }}
   args:
     {{- include "nvmesh-csi.sidecarArgs" (dict "root" .root "sidecar" $sidecar) | nindent 4 }}
     {{- .args | nindent 4 }}
-    {{- range $sidecar.extraArgs }}
-    - {{ . | quote }}
-    {{- end }}
+    {{- include "nvmesh-csi.sidecarLastArgs" . | nindent 4 }}
   env: {{- include "nvmesh-csi.sidecarEnv" .root | nindent 4 }}
   {{- if $sidecar.httpPort }}
   ports:
@@ -50,45 +71,32 @@ provisioner{{ if eq .Values.attachBy "controller" }} attacher{{ end }} resizer{{
   # It listens when the driver is ready, which takes as long as the management is away: to be killed meanwhile would have
   # it wait in ever longer pauses after that. It is restarted after a day.
   startupProbe:
-    httpGet: {path: /healthz/leader-election, port: {{ .name }}}
+    httpGet: {path: /healthz/leader-election, port: {{ .name }}{{ $host }}}
     periodSeconds: 5
     timeoutSeconds: 5
     failureThreshold: 17280
   # Restart a leader that cannot renew its lease and does not stop.
   livenessProbe:
-    httpGet: {path: /healthz/leader-election, port: {{ .name }}}
+    httpGet: {path: /healthz/leader-election, port: {{ .name }}{{ $host }}}
     periodSeconds: 20
     timeoutSeconds: 10
     failureThreshold: 3
   {{- end }}
-  resources: {{- $sidecar.resources | default .root.Values.sidecars.resources | toYaml | nindent 4 }}
-  securityContext: {{- include "nvmesh-csi.unprivileged" . | nindent 4 }}
   volumeMounts:
     - {name: socket, mountPath: /run/csi}
 {{- end -}}
 
-{{/* livenessprobe in a pod. Call with (dict "root" $ "port" PORT "socket" PATH "mount" VOLUMEMOUNT "user" UID). */}}
+{{/* livenessprobe in a pod. Call with (dict "root" $ "role" NAME "port" PORT "mount" VOLUME "asRoot" BOOL). */}}
 {{- define "nvmesh-csi.livenessSidecar" -}}
-{{- $sidecar := .root.Values.sidecars.livenessprobe -}}
 - name: livenessprobe
-  image: {{ include "nvmesh-csi.image" (dict "root" .root "image" $sidecar.image) }}
-  imagePullPolicy: {{ $sidecar.image.pullPolicy }}
+  {{- include "nvmesh-csi.sidecarContainer" (dict "root" .root "name" "livenessprobe" "asRoot" .asRoot) | nindent 2 }}
   args:
-    - --csi-address={{ .socket }}
-    - --probe-timeout={{ int $sidecar.probeTimeoutSeconds }}s
-    - --http-endpoint={{ .host }}:{{ int .port }}
-    - --v={{ int .root.Values.sidecars.logVerbosity }}
-    {{- range $sidecar.extraArgs }}
-    - {{ . | quote }}
-    {{- end }}
-  resources: {{- $sidecar.resources | default .root.Values.sidecars.resources | toYaml | nindent 4 }}
-  securityContext:
-    {{- include "nvmesh-csi.unprivileged" . | nindent 4 }}
-    {{- with .runAs }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    - --csi-address=/run/csi/csi.sock
+    - --probe-timeout={{ int .root.Values.sidecars.livenessprobe.probeTimeoutSeconds }}s
+    - --http-endpoint={{ ternary "127.0.0.1" "" (index .root.Values .role).hostNetwork }}:{{ int .port }}
+    {{- include "nvmesh-csi.sidecarLastArgs" (dict "root" .root "name" "livenessprobe") | nindent 4 }}
   volumeMounts:
-    - {{ toJson .mount }}
+    - {name: {{ .mount }}, mountPath: /run/csi}
 {{- end -}}
 
 {{- define "nvmesh-csi.provisionerArgs" -}}

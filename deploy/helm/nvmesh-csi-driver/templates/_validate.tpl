@@ -3,7 +3,8 @@
 {{- $v := .Values -}}
 {{- $embedded := include "nvmesh-csi.isEmbedded" . -}}
 {{- $clusters := include "nvmesh-csi.clusters" . -}}
-{{- if not (or $embedded $clusters $v.management.servers) -}}
+{{- $needsManagement := or (not $v.nodeComponentOnly) (eq $v.attachBy "node") -}}
+{{- if and $needsManagement (not (or $embedded $clusters $v.management.servers)) -}}
 {{- fail "no storage management is set: set management.servers, management.zones or management.existingClusters, or storage.enabled for the embedded manager" -}}
 {{- end -}}
 {{- if and $clusters $v.management.servers -}}
@@ -21,6 +22,9 @@
 {{- if not (or $cluster.existingSecret $tls.clientCertificateSecret $v.management.existingSecret $v.management.tls.clientCertificateSecret) -}}
 {{- fail (printf "management.zones.%s has no credentials: name a Secret in its existingSecret or tls.clientCertificateSecret, or one for all zones in management.existingSecret" $zone) -}}
 {{- end -}}
+{{- end -}}
+{{- if and $v.storage.enabled $v.nodeComponentOnly -}}
+{{- fail "nodeComponentOnly and storage.enabled are both true: the embedded manager needs the controller of its release; set one of them to false" -}}
 {{- end -}}
 {{- if and $v.storage.enabled (not $v.storage.nodeName) -}}
 {{- fail "storage.enabled is true and storage.nodeName is empty: name the Kubernetes node that holds the pool; on another node the manager would start with an empty pool" -}}
