@@ -16,10 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 from csi_driver.embedded import server as embedded
-from csi_driver.embedded.connections import HttpRequest, HttpResponse, answer
+from csi_driver.embedded.http import answer
 from csi_driver.embedded.model import ATTACHMENTS, VOLUMES
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.http_requests import HttpRequest, HttpResponse
 
 
 class Switches:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
@@ -16,7 +17,6 @@ from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.changed_blocks import ChangedBlocks
 from csi_driver.embedded.clients import Clients, Pair
 from csi_driver.embedded.clones import Clones
-from csi_driver.embedded.connections import COOKIE, HttpRequest, HttpResponse, answer, answer_text
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.group_snapshots import GroupSnapshots
@@ -58,8 +58,12 @@ from csi_driver.embedded.snapshots import Snapshots
 from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import DriverError
+from csi_driver.http_requests import HttpRequest, HttpResponse
+from csi_driver.status_page.login import LoginLimit
 
 _log = logging.getLogger(__name__)
+
+COOKIE = "connect.sid"
 
 _LIST_ERRORS = {"volumes": 16040, "clients": 16030}
 
@@ -110,6 +114,8 @@ class Api:
     snapshots: Snapshots
     groups: GroupSnapshots
     changed_blocks: ChangedBlocks
+    login_limit: LoginLimit
+    status_page: Callable[[HttpRequest], HttpResponse]
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
     def __post_init__(self) -> None:
@@ -152,10 +158,12 @@ class Api:
     def respond(self, request: HttpRequest) -> HttpResponse:
         """Carry out a request, in any thread."""
         parts = request.path.split("/")
+        if parts[1:2] == ["status"]:
+            return self.status_page(request)
         try:
             if public := self.public.get((request.method, request.path)):
                 return public(request)
-            if not self.sessions.known(request.session):
+            if not self.sessions.known(request.cookie(COOKIE)):
                 return HttpResponse(302, headers=(("Location", "/login"),))
             for count in range(3):
                 fixed = len(parts) - count
@@ -169,13 +177,18 @@ class Api:
     def login(self, request: HttpRequest) -> HttpResponse:
         body = Login.model_validate(read_body(request))
         name = self.sessions.full_name(body.username)
+        key = self.sessions.limit_key(request, body.username)
+        if pause_s := math.ceil(self.login_limit.begin(key)):
+            refused = answer(envelope(name, None, False, f"Too many failed logins; retry in {pause_s} s"), 429)
+            return replace(refused, headers=(*refused.headers, ("Retry-After", str(pause_s))))
         session = self.sessions.open(body.username, body.password)
         if session is None:
             return answer(envelope(name, None, False, "Wrong credentials"), 401)
-        self.sessions.close(request.session)
+        self.login_limit.succeeded(key)
+        self.sessions.close(request.cookie(COOKIE))
         payload = {"message": "User logged in successfully", "id": 1265}
         response = answer(envelope(name, None, True, None, payload))
-        cookie = "Set-Cookie", f"{COOKIE}={session}; HttpOnly; Path=/"
+        cookie = "Set-Cookie", f"{COOKIE}={session}; HttpOnly; SameSite=Strict; Path=/"
         return replace(response, headers=(*response.headers, cookie))
 
     def volume_texts(self, query: Query) -> Iterable[str]:
@@ -312,6 +325,17 @@ class Api:
         fact = self.store.get(FACTS, "dbUUID")
         why_none = self.snapshots.why_none, self.groups.why_none, self.changed_blocks.why_not
         return documents.system_info(fact.value if fact else "", *why_none)
+
+
+def answer(content: object, status: int = 200) -> HttpResponse:
+    return answer_text(compact_json(content), status)
+
+
+def answer_text(json: str, status: int = 200) -> HttpResponse:
+    return HttpResponse(status, json.encode(), (("Content-Type", "application/json; charset=utf-8"),))
+
+
+UNEXPECTED = answer(failure(500, "internal error; the log has the details"), 500)
 
 
 def _get(act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:

@@ -88,6 +88,10 @@ class Source:
     uuid: str
 
 
+UNHEALTHY = "unhealthy"
+"""Mark of volumes whose health is anything but healthy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Volume:
     name: str
@@ -122,6 +126,12 @@ class Volume:
     @property
     def bytes(self) -> int:
         return self.blocks * BLOCK_SIZE
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """UNHEALTHY where it is so, and the uuid of its source."""
+        unhealthy = () if self.health == "healthy" else (UNHEALTHY,)
+        return unhealthy if self.source is None else (*unhealthy, self.source.uuid)
 
     @property
     def least_bytes(self) -> int:
@@ -308,7 +318,8 @@ class Table(Generic[R]):
     """A kind of record and its name in the database.
 
     `former`: fields that have no reader any more, written for an earlier version that a rollback brings back. Fields
-    that only earlier versions had are ignored. `index`: the field by whose value the records can be listed, "" = none.
+    that only earlier versions had are ignored. `index`: the attribute by whose value, or by each of whose values, the
+    records can be listed; "" = none.
     """
 
     name: str
@@ -329,7 +340,8 @@ class Table(Generic[R]):
 
 
 _LONG_AGO = "1970-01-01T00:00:00.000Z"
-VOLUMES = Table("volumes", Volume, {"created_by": "", "modified_by": "", "created": _LONG_AGO, "modified": _LONG_AGO})
+_FORMER_OF_VOLUMES: Document = {"created_by": "", "modified_by": "", "created": _LONG_AGO, "modified": _LONG_AGO}
+VOLUMES = Table("volumes", Volume, _FORMER_OF_VOLUMES, index="marks")
 CLIENTS = Table("clients", Client, {"created": _LONG_AGO})
 ATTACHMENTS = Table("attachments", Attachment, {"attachments_version": 1})
 REPORTS = Table("reports", Report, {"attachments_version": 1, "version": 1, "report_id": 1})

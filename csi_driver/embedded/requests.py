@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
-from csi_driver.embedded.connections import MAX_BODY_BYTES, HttpRequest
 from csi_driver.embedded.layouts import CONCATENATED, EC, PARAMETERS, RAID_1, Layout
 from csi_driver.embedded.model import Document
+from csi_driver.http_requests import MAX_BODY_BYTES, HttpRequest
 
 _MAX_METADATA_BYTES = 256 * 1024
 _MAX_LEVELS = 100

@@ -11,10 +11,12 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csi_driver.background import Periodic, Worker, run_detached
 from csi_driver.embedded.allocator import Allocator
@@ -22,10 +24,9 @@ from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.changed_blocks import ChangedBlocks
 from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.clones import Clones
-from csi_driver.embedded.connections import HttpServer
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.group_snapshots import GroupSnapshots
-from csi_driver.embedded.http import Api
+from csi_driver.embedded.http import UNEXPECTED, Api
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import ATTACHMENTS, FACTS, SNAPSHOTS, VOLUMES, Fact, Volume
 from csi_driver.embedded.pool import Pool, VolumeLocks
@@ -35,8 +36,13 @@ from csi_driver.embedded.snapshots import Snapshots
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.http_requests import HttpRequest, HttpResponse, HttpServer
+from csi_driver.status_page.login import LoginLimit, PageSessions
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric
+
+if TYPE_CHECKING:
+    from csi_driver.status_page.web import StatusPage
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 10
@@ -77,9 +83,12 @@ class StorageServer:
             self.changed_blocks = ChangedBlocks(self.store, self.pool, reflinks)
             self._build(loops, headers)
             self.recover()
-            self._http = HttpServer(listener, self.api.respond, tls)
+            self._http = HttpServer(listener, self.api.respond, tls, UNEXPECTED, "storage-connection")
             undo.pop_all()
         self._serving: Future[None] | None = None
+        self._making_page = threading.Lock()
+        self._page: StatusPage | None = None
+        """Made at the first request for it: most managers never show it."""
 
     def _build(self, loops: LoopDevices, headers: LuksHeaders | None) -> None:
         settings, store, pool = self.settings, self.store, self.pool
@@ -100,6 +109,7 @@ class StorageServer:
         self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.sessions = Sessions(settings, self.password)
+        self.login_limit = LoginLimit()
         self.api = Api(
             settings,
             store,
@@ -113,6 +123,29 @@ class StorageServer:
             self.snapshots,
             self.groups,
             self.changed_blocks,
+            self.login_limit,
+            self._show_status,
+        )
+
+    def _show_status(self, request: HttpRequest) -> HttpResponse:
+        with self._making_page:
+            page = self._page = self._page or self._make_status_page()
+        return page.respond(request)
+
+    def _make_status_page(self) -> StatusPage:
+        from csi_driver.embedded.status import EmbeddedStatus
+        from csi_driver.status_page.web import StatusPage
+
+        status = EmbeddedStatus(
+            self.settings, self.store, self.pool, self.attacher, self.sessions, self._pool_bytes, self.loops
+        )
+        return StatusPage(
+            status,
+            cookie="nvmesh-storage-status",
+            is_tls=self.settings.tls_certificate is not None,
+            key=lambda request, _, username: self.sessions.limit_key(request, username),
+            limit=self.login_limit,
+            sessions=PageSessions(self.settings.session_idle_s),
         )
 
     def recover(self) -> None:

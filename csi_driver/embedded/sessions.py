@@ -7,12 +7,15 @@ import hmac
 import os
 import secrets
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import HostFailure
+from csi_driver.http_requests import HttpRequest
+from csi_driver.status_page.login import network_of
 
 _MAX_SESSIONS = 4096
 
@@ -78,10 +81,18 @@ class Sessions:
         name = username.lower()
         return name if "@" in name else f"{name}@{self.user.rpartition('@')[2]}"
 
+    def accepts(self, username: str, password: str) -> bool:
+        """Return whether the credentials are right. Raises PasswordUnreadable."""
+        matches = self.password.matches(password)
+        return self.full_name(username) == self.user and matches
+
+    def limit_key(self, request: HttpRequest, username: str) -> Hashable:
+        """Return what the login attempts of one client for this user, or for any other, have in common."""
+        return network_of(request.peer), self.full_name(username) == self.user
+
     def open(self, username: str, password: str) -> str | None:
         """Return the id of a new session; None for wrong credentials."""
-        matches = self.password.matches(password)
-        if self.full_name(username) != self.user or not matches:
+        if not self.accepts(username, password):
             return None
         with self._guard:
             self._forget_old()

@@ -104,8 +104,8 @@ class Store:
         self._committed: dict[tuple[str, str], dict[str, object]] = {}
         self._unsaved: dict[_Key, str | None] = {}
         """Texts of `write_later`, which the next commit takes along."""
-        self._ordered: dict[str, dict[str, list[str]]] = {}
-        """Sorted ids of the tables that were listed, by the value of their index; "" has all."""
+        self._ordered: dict[tuple[str, str], dict[str, list[str]]] = {}
+        """Sorted ids of the groupings that were listed, by the values of their table's index; "" has all."""
         self._reserve = path.with_name(f"{path.name}.ballast")
         """Space for the changes that free space when the disk is full."""
         try:
@@ -150,21 +150,36 @@ class Store:
         """Return the committed records of one grouping."""
         return list(self._committed.get((table.name, grouping), {}).values())  # type: ignore[arg-type]
 
-    def page(self, table: Table[R], above: str, skip: int, count: int, index: str = "") -> list[R]:
-        """Return `count` committed records (0 = all) without a grouping, in the order of their ids, of one moment.
+    def page(self, table: Table[R], above: str, skip: int, count: int, index: str = "", grouping: str = "") -> list[R]:
+        """Return `count` committed records (0 = all) of a grouping, in the order of their ids, of one moment.
 
         `index`: only the records with this value of the table's index. A page costs its records alone.
         """
         with self._change_lock:
-            records: dict[str, R] = self._committed.get((table.name, ""), {})  # type: ignore[assignment]
-            lists = self._ordered.get(table.name)
-            if lists is None:
-                lists = self._ordered[table.name] = {"": sorted(records)}
-                for key in lists[""] if table.index else ():
-                    lists.setdefault(getattr(records[key], table.index), []).append(key)
-            ids = lists.get(index, [])
+            ids = self._ids(table, grouping).get(index, [])
             first = bisect_right(ids, above) + skip
+            records: dict[str, R] = self._committed.get((table.name, grouping), {})  # type: ignore[assignment]
             return [records[key] for key in ids[first : first + count if count else None]]
+
+    def span(self, table: Table[R], prefix: str, index: str = "") -> tuple[int, int]:
+        """Return how many ids of records without a grouping are below a prefix, and how many begin with it."""
+        with self._change_lock:
+            ids = self._ids(table, "").get(index, [])
+            first = bisect_left(ids, prefix)
+            return first, bisect_left(ids, f"{prefix}\U0010ffff", first) - first
+
+    def count(self, table: Table[R], grouping: str = "") -> int:
+        return len(self._committed.get((table.name, grouping), ()))
+
+    def _ids(self, table: Table[R], grouping: str) -> dict[str, list[str]]:
+        lists = self._ordered.get((table.name, grouping))
+        if lists is None:
+            records = self._committed.get((table.name, grouping), {})
+            lists = self._ordered[table.name, grouping] = {"": sorted(records)}
+            for key in lists[""] if table.index else ():
+                for value in _places(records[key], table.index)[1:]:
+                    lists.setdefault(value, []).append(key)
+        return lists
 
     def everywhere(self, table: Table[R]) -> list[R]:
         """Return the committed records of all groupings."""
@@ -228,13 +243,12 @@ class Store:
                 records.pop(key, None)
             else:
                 records[key] = record
-            if kind in self._ordered and not grouping:
-                self._list(kind, key, before, record)
+            if (kind, grouping) in self._ordered:
+                self._list(self._ordered[kind, grouping], self._tables[kind].index, key, before, record)
 
-    def _list(self, kind: str, key: str, before: object, record: object) -> None:
+    def _list(self, lists: dict[str, list[str]], index: str, key: str, before: object, record: object) -> None:
         """Move an id to the lists of its new record."""
-        lists, index = self._ordered[kind], self._tables[kind].index
-        old, new = (() if each is None else ("", getattr(each, index) if index else "") for each in (before, record))
+        old, new = (() if each is None else _places(each, index) for each in (before, record))
         for value in set(old) - set(new):
             ids = lists[value]
             del ids[bisect_left(ids, key)]
@@ -335,6 +349,12 @@ class Store:
             return False
         _log.warning("the disk is full: %s is removed, so that volumes can be detached and deleted", self._reserve)
         return True
+
+
+def _places(record: object, index: str) -> tuple[str, ...]:
+    """Return the values by which a record is listed; "" is that of all records."""
+    values = getattr(record, index) if index else ()
+    return ("", *((values,) if isinstance(values, str) else values))
 
 
 def _may_lack_space(problem: sqlite3.OperationalError) -> bool:

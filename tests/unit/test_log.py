@@ -86,3 +86,21 @@ def test_a_record_below_the_level_is_dropped(capsys: pytest.CaptureFixture[str])
     log.configure(log.LogSettings("warning"))
     logging.getLogger("some.where").info("quiet")
     assert capsys.readouterr().err == ""
+
+
+def test_the_latest_warnings_and_errors_are_kept_and_no_others() -> None:
+    log.configure(log.LogSettings(), io.StringIO())
+    for number in range(300):
+        logging.getLogger("x").warning("warning %d", number)
+        logging.getLogger("x").info("not kept")
+    kept = log.recent()
+    assert [line.message for line in kept] == [f"warning {number}" for number in reversed(range(100, 300))]
+    assert (kept[0].level, kept[0].logger) == ("warning", "x")
+
+
+def test_a_kept_line_is_escaped_and_short() -> None:
+    log.configure(log.LogSettings(), io.StringIO())
+    logging.getLogger("x").error("%s%s", HOSTILE, "x" * 1_000_000)
+    (line,) = log.recent()
+    assert line.message.isprintable()
+    assert len(line.message) <= 1000

@@ -13,9 +13,10 @@ from types import FrameType
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from csi_driver.embedded.connections import HttpRequest
+from csi_driver.embedded.http import COOKIE
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import ClientSettings, Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.http_requests import HttpRequest
 from tests.storage_switches import Switches, retry_client
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 
@@ -60,7 +61,8 @@ class Manager:
     def send(self, method: str, target: str, sent: bytes) -> Json:
         parts = urlsplit(target)
         query = dict(parse_qsl(parts.query))
-        request = HttpRequest(method, unquote(parts.path), query, self._session, "application/json", sent)
+        headers = {"cookie": f"{COOKIE}={self._session}", "content-type": "application/json"}
+        request = HttpRequest(method, unquote(parts.path), query, headers, sent)
         return json.loads(self.server.api.respond(request).body)
 
     def get(self, target: str) -> Json:

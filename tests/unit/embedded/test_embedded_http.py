@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 import requests
 
-from csi_driver.embedded import connections
+from csi_driver import http_requests
 from csi_driver.embedded import server as embedded
-from csi_driver.embedded.connections import MAX_BODY_BYTES, HttpRequest, HttpResponse
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import PreconditionFailed
+from csi_driver.http_requests import MAX_BODY_BYTES, HttpRequest, HttpResponse
 from tests.storage_switches import add_route
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, settings_in
@@ -290,7 +290,7 @@ def test_an_unexpected_error_is_logged_and_answered(
 def test_a_request_that_is_sent_too_slowly_is_not_carried_out(
     server: StorageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "_RECEIVE_S", 0.1)
+    monkeypatch.setattr(http_requests, "_RECEIVE_S", 0.1)
     with socket.create_connection(server.address, timeout=60) as connection:
         connection.sendall(b"GET /login HTTP/1.1\r\n")
         assert connection.recv(1) == b""

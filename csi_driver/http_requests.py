@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP/1.1 for the API: the standard library's server, which refuses what two readers may read differently."""
+"""HTTP/1.1 requests: the standard library's server, which refuses what two readers may read differently."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from email.utils import formatdate
 from http import HTTPStatus
 from urllib.parse import parse_qsl, unquote
 
-from csi_driver.embedded.documents import failure
-from csi_driver.embedded.model import compact_json
 from csi_driver.http_server import BoundedServer, LimitedHandler, LimitedReader
 
 _log = logging.getLogger(__name__)
 
-COOKIE = "connect.sid"
 MAX_BODY_BYTES = 2 << 20
 _MAX_REQUEST_BYTES = 4 << 20
 _IDLE_S, _HANDSHAKE_S, _RECEIVE_S, _SEND_S = 600.0, 10.0, 30.0, 60.0
@@ -34,14 +31,22 @@ _LENGTH = re.compile(r"[0-9]{1,15}")
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """A request as it was received; `session` is the cookie."""
+    """A request as it was received. `headers`: by lower-case name. `peer`: the client's address, without its port."""
 
     method: str
     path: str
-    query: Mapping[str, str]
-    session: str | None = field(repr=False)
-    content_type: str
-    body: bytes = field(repr=False)
+    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
+    peer: str = ""
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", "")
+
+    def cookie(self, name: str) -> str | None:
+        pairs = (each.strip().partition("=") for each in self.headers.get("cookie", "").split(";"))
+        return next((value for found, _, value in pairs if found == name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +56,27 @@ class HttpResponse:
     headers: tuple[tuple[str, str], ...] = ()
 
 
-def answer(content: object, status: int = 200) -> HttpResponse:
-    return answer_text(compact_json(content), status)
-
-
-def answer_text(json: str, status: int = 200) -> HttpResponse:
-    return HttpResponse(status, json.encode(), (("Content-Type", "application/json; charset=utf-8"),))
-
-
 class HttpServer(BoundedServer):
     """Serves a bound socket, which another process may share."""
 
     request_queue_size = 2048
     most_connections = 512
-    thread_name = "storage-connection"
 
     def __init__(
-        self, listener: socket.socket, respond: Callable[[HttpRequest], HttpResponse], tls: ssl.SSLContext | None
+        self,
+        listener: socket.socket,
+        respond: Callable[[HttpRequest], HttpResponse],
+        tls: ssl.SSLContext | None,
+        failed: HttpResponse,
+        thread_name: str,
     ) -> None:
+        """`failed`: the response to a request that ends in an unexpected exception, which is logged."""
         super().__init__(listener.getsockname(), _Handler, is_bound=True)
         self.socket.close()
         # The handshake is made in the connection's thread.
         self.socket = tls.wrap_socket(listener, True, do_handshake_on_connect=False) if tls else listener
         self.socket.settimeout(self.poll_s)
-        self.respond = respond
+        self.respond, self._failed, self.thread_name = respond, failed, thread_name
         self.is_ending = False
         """Accept no more connections; a signal handler may set it."""
 
@@ -87,9 +89,7 @@ class HttpServer(BoundedServer):
             return super().handle_error(request, client_address)
         _log.exception("a request to the API failed unexpectedly")
         with suppress(OSError):
-            request.sendall(
-                _encoded(answer(failure(500, "internal error; the log has the details"), 500), is_last=True)
-            )
+            request.sendall(_encoded(self._failed, is_last=True))
         return None
 
 
@@ -136,7 +136,11 @@ class _Handler(LimitedHandler):
         first, *headers, _ = self._input.lines
         lengths = self.headers.get_all("Content-Length", ["0"])
         self._length = lengths[0].strip(" \t")
-        if len(lengths) != 1 or not (_REQUEST_LINE.fullmatch(first) and all(map(_HEADER.fullmatch, headers))):
+        if (
+            len(lengths) != 1
+            or len(self.headers.get_all("Host", [])) > 1
+            or not (_REQUEST_LINE.fullmatch(first) and all(map(_HEADER.fullmatch, headers)))
+        ):
             self.send_error(HTTPStatus.BAD_REQUEST)
         elif "Transfer-Encoding" in self.headers or not _LENGTH.fullmatch(self._length):
             self.send_error(HTTPStatus.LENGTH_REQUIRED)
@@ -157,9 +161,9 @@ class _Handler(LimitedHandler):
             "GET" if self.command == "HEAD" else self.command,
             unquote(path),
             dict(parse_qsl(query)),
-            _session(self.headers.get("Cookie", "")),
-            self.headers.get("Content-Type", ""),
+            {name.lower(): value for name, value in self.headers.items()},
             body,
+            str(self.client_address[0]),
         )
         self._send(_encoded(self.server.respond(request), has_body=self.command != "HEAD"))
 
@@ -185,8 +189,3 @@ def _encoded(response: HttpResponse, *, has_body: bool = True, is_last: bool = F
         "\r\n",
     ]
     return "\r\n".join(lines).encode("latin-1") + (response.body if has_body else b"")
-
-
-def _session(cookies: str) -> str | None:
-    pairs = (each.strip().partition("=") for each in cookies.split(";"))
-    return next((value for name, _, value in pairs if name == COOKIE), None)
