@@ -157,8 +157,9 @@ def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str
         raise MissingField(f"secrets.{PASSPHRASE_KEYS[0]} (or secrets.{PASSPHRASE_KEYS[1]}), which opens the volume,")
     first, *others = compat.passphrase_readings(passphrase)
     previous = secrets.get(PREVIOUS_KEY, "")
-    replaced = compat.passphrase_readings(previous) if previous not in ("", passphrase) else ()
-    return EncryptionPlan(by, first, tuple(others), replaced, settings, discards)
+    # Both may end with a line feed, and must not be taken for two: what is replaced is removed.
+    replaced = [each for each in compat.passphrase_readings(previous) if each not in ("", first, *others)]
+    return EncryptionPlan(by, first, tuple(others), tuple(replaced), settings, discards)
 
 
 def node_settings(by: Encryption, context: Mapping[str, str]) -> tuple[LuksSettings, bool]:

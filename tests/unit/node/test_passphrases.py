@@ -142,3 +142,13 @@ def test_an_interrupted_passphrase_change_leaves_one_that_opens_and_is_finished(
     in_use.up()
     assert in_use.luks.keys == ["new passphrase"]
     assert in_use.node.host.files_at(TARGET) == {"a": b"kept"}
+
+
+@pytest.mark.parametrize(("present", "previous"), [("a horse", "a horse\n"), ("a horse\n", "a horse")])
+def test_a_passphrase_that_differs_in_a_line_feed_alone_is_not_removed(
+    in_use: Locked, present: str, previous: str
+) -> None:
+    in_use.secrets = {"passphrase": present, "previousPassphrase": previous}
+    in_use.luks.keys[:] = ["a horse", "for the safe"]
+    in_use.up()
+    assert in_use.luks.keys == ["a horse", "for the safe"]
