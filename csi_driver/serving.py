@@ -41,10 +41,12 @@ def serve(
     identity: services.IdentityService,
     own: Sequence[Service],
     background: Callable[[Boundary], AbstractContextManager[object]],
+    addons: Callable[[], Sequence[Service]] = tuple,
 ) -> int:
+    """`addons`: makes the services of CSI-Addons, where they are served."""
     disabled = frozenset() if settings.volume_health else HEALTH
     boundary = Boundary(disabled, settings.default_deadline_s, thread_pools(max(each.at_once for each in own)))
-    server = Server(settings, boundary, (*own, identity))
+    server = Server(settings, boundary, (*own, identity), addons() if settings.csi_addons_socket else ())
     with Termination() as termination, ExitStack() as running:
         running.enter_context(background(boundary))
         server.start()
@@ -96,7 +98,13 @@ def run_controller(command: ControllerCommand) -> int:
 
     identity = services.IdentityService(settings.driver_name, driver_version, ready.is_ready, features)
     others = services.GroupControllerService(use_cases), services.SnapshotMetadataService(use_cases)
-    return serve(command.endpoint, identity, (service, *others), background)
+
+    def addons() -> Sequence[Service]:
+        from csi_driver.rpc.addons import AddonsIdentity
+
+        return (AddonsIdentity(identity),)
+
+    return serve(command.endpoint, identity, (service, *others), background, addons)
 
 
 def _controller_use_cases(
@@ -153,7 +161,14 @@ def run_node(command: NodeCommand) -> int:
     is_ready = partial(services.is_equipped, use_cases.identity.problems)
     service = services.NodeService(use_cases, volume_health=command.endpoint.volume_health)
     identity = services.IdentityService(command.node.driver_name, driver_version, is_ready)
-    return serve(command.endpoint, identity, (service,), background)
+
+    def addons() -> Sequence[Service]:
+        from csi_driver.node.addons import NodeAddons
+        from csi_driver.rpc.addons import node_services
+
+        return node_services(identity, NodeAddons(use_cases.expand))
+
+    return serve(command.endpoint, identity, (service,), background, addons)
 
 
 def _register_and_report(

@@ -88,6 +88,13 @@ class EndpointSettings:
         " workloads.",
     )
     volume_health: bool = VOLUME_HEALTH.field()
+    csi_addons_socket: Path | None = flag(
+        None,
+        "--csi-addons-endpoint",
+        read_socket,
+        "Unix socket for the sidecar of CSI-Addons, as unix:///PATH or PATH: space reclaim and key rotation.",
+        shown="none, disabled",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ Usage: python proto/generate.py [DIRECTORY]   (grpcio-tools at the version of th
 
 protoc imports sibling modules by their bare names, which works only with the directory on sys.path. Compiling the file
 as csi_driver/rpc/pb/csi.proto would cure that, but the file name is part of the descriptor, and it has to stay
-csi.proto, as every other implementation registers it. So the one import line is rewritten here.
+csi.proto, as every other implementation registers it. So these import lines are rewritten here.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
-PROTOS = (HERE / "csi.proto", HERE / "pluginregistration.proto")
+PROTOS = tuple(
+    HERE / f"{name}.proto"
+    for name in ("csi", "pluginregistration", "identity", "reclaimspace", "encryptionkeyrotation")
+)
 TARGET = HERE.parent / "csi_driver" / "rpc" / "pb"
 WELL_KNOWN_TYPES = Path(grpc_tools.__file__).parent / "_proto"
 
@@ -45,15 +49,23 @@ def generate(proto: Path, target: Path) -> None:
     compile_proto(proto, f"--python_out={target}", f"--pyi_out={target}", f"--grpc_python_out={target}")
     module = f"{proto.stem}_pb2"
     services = target / f"{module}_grpc.py"
-    bare = f"\nimport {module} as {proto.stem}__pb2\n"
-    text = services.read_text()
-    if text.count(bare) != 1:
-        sys.exit(f"{services} does not hold exactly one line {bare.strip()!r}: grpcio-tools writes it differently now")
-    services.write_text(text.replace(bare, f"\nfrom . {bare.lstrip()}"))
+    import_beside(services, module)
     descriptor = read_descriptor(proto, target)
     (target / f"{module}_grpc.pyi").write_text(service_stubs(descriptor, module))
+    if "csi.proto" in descriptor.dependency:
+        for suffix in ("py", "pyi"):
+            import_beside(target / f"{module}.{suffix}", "csi_pb2")
     messages = target / f"{module}.pyi"
     messages.write_text(with_typed_extensions(messages.read_text(), descriptor))
+
+
+def import_beside(file: Path, module: str) -> None:
+    """Rewrite the import of another generated module."""
+    text = file.read_text()
+    bare = re.compile(rf"^import {module} as ", re.MULTILINE)
+    if len(bare.findall(text)) != 1:
+        sys.exit(f"{file} does not import {module} in exactly one line: grpcio-tools writes it differently now")
+    file.write_text(bare.sub(f"from . import {module} as ", text))
 
 
 def with_typed_extensions(stub: str, descriptor: FileDescriptorProto) -> str:

@@ -10,12 +10,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import CommandFailed, HostFailure, InvalidField, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import (
+    CommandFailed,
+    DeadlineReached,
+    HostFailure,
+    InvalidField,
+    PreconditionFailed,
+    SystemCallFailed,
+)
 from csi_driver.host import disk_formats, ioctls, machine_checks, zero_scan
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.luks import stored_content
@@ -31,11 +38,12 @@ from csi_driver.host_model import (
     OpenDevice,
     OtherContent,
 )
-from csi_driver.model import MIB, Usage
+from csi_driver.model import GIB, MIB, Usage
 
 _WRITE_LIMIT_S = 30 * 60.0
 _FULL_CHECK_LIMIT_S = 4 * 3600.0
 _DRY_RUN_LIMIT_S = 60.0
+_TRIM_PART_BYTES, _TO_THE_END = 32 * GIB, 2**64 - 1
 _BTRFS_SECTOR_BYTES = _PAGE_BYTES = 4096
 _EXT = ("ext2", "ext3", "ext4")
 _FIELD = "mkfsOptions"
@@ -188,10 +196,7 @@ class LinuxFilesystems:
     def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
         before = self.usage(path).total_bytes
         recorded = before
-        with closing(open_file(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)) as fd:
-            mounted = ioctls.device_number(os.fstat(fd).st_dev)
-            if fs_type != "btrfs" and mounted != device.number:  # btrfs has anonymous numbers
-                raise PreconditionFailed(f"{path} holds device {mounted}, expected {device.number}")
+        with _mounted_directory(path, device, fs_type) as fd:
             if fs_type in _EXT:
                 recorded = self._grow_mounted_ext4(fd, device, fs_type)
             elif fs_type == "xfs":
@@ -221,6 +226,24 @@ class LinuxFilesystems:
                 raise
         return now.size_bytes
 
+    def trim(self, path: Path, device: Device, fs_type: str, *, deadline: Deadline) -> int:
+        """Work in parts, between which the deadline is checked; addresses of btrfs are not those of its device."""
+        size_bytes, trimmed_bytes, start = device.size_bytes, 0, 0
+        part_bytes = size_bytes if fs_type == "btrfs" else _TRIM_PART_BYTES
+        with _mounted_directory(path, device, fs_type) as fd:
+            while start < size_bytes:
+                if deadline.expired():
+                    raise DeadlineReached(f"the trim of {path}, of which {start} of {size_bytes} bytes are done")
+                is_last = start + part_bytes >= size_bytes
+                try:
+                    trimmed_bytes += ioctls.trim(fd, start, _TO_THE_END - start if is_last else part_bytes)
+                except SystemCallFailed as failure:
+                    if failure.errno != errno.EINVAL or not start:
+                        raise
+                    break  # the filesystem ends before its device
+                start += part_bytes
+        return trimmed_bytes
+
     def usage(self, path: Path) -> Usage:
         with system_call(f"statfs {path}"):
             status = os.statvfs(path)
@@ -233,6 +256,16 @@ class LinuxFilesystems:
             used_inodes=status.f_files - status.f_ffree if counts_inodes else None,
             available_inodes=status.f_favail if counts_inodes else None,
         )
+
+
+@contextlib.contextmanager
+def _mounted_directory(path: Path, device: Device, fs_type: str) -> Iterator[int]:
+    """Open the root of the device's mounted filesystem. Raises `PreconditionFailed` for another device's."""
+    with closing(open_file(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)) as fd:
+        mounted = ioctls.device_number(os.fstat(fd).st_dev)
+        if fs_type != "btrfs" and mounted != device.number:  # btrfs has anonymous numbers
+            raise PreconditionFailed(f"{path} holds device {mounted}, expected {device.number}")
+        yield fd
 
 
 def _own_filesystem(device: OpenDevice, own_uuid: str) -> Filesystem | None:

@@ -158,6 +158,16 @@ def ext4_resize(fd: int, blocks: int) -> None:
     _call("EXT4_IOC_RESIZE_FS", fd, _EXT4_IOC_RESIZE_FS, bytearray(struct.pack("=Q", blocks)))
 
 
+_FITRIM = _io(_READ | _WRITE, ord("X"), 121, 24)
+
+
+def trim(fd: int, start: int, length: int) -> int:
+    """Discard the free blocks in a part of the mounted filesystem of `fd`; return their bytes."""
+    wanted = bytearray(struct.pack("=QQQ", start, length, 0))
+    _call("FITRIM", fd, _FITRIM, wanted)
+    return int(struct.unpack("=QQQ", wanted)[1])
+
+
 def xfs_realtime_blocks(fd: int) -> int:
     """Return the blocks of the realtime device of the XFS that the file lies on; other filesystems refuse."""
     return int(_xfs_geometry(fd)[9])

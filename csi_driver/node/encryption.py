@@ -225,6 +225,20 @@ class EncryptedVolumes:
         self._remove_key(opened, target, previous)
         return plan.passphrase
 
+    def rotate(self, target: VolumeDevice, plan: EncryptionPlan, *, deadline: Deadline) -> None:
+        """Replace the previous passphrase of an open volume, as its next stage would. Raises `Denied`."""
+        volume, mapping = target.volume, self.encryption.mapping(target.volume.name)
+        if mapping is None or self.opened_over(volume, target.device) is None:
+            raise PreconditionFailed(f"encrypted volume {volume} is not open on this node: its next stage changes it")
+        if mapping.read_only or not _may_write_header(target, plan):
+            raise PreconditionFailed(f"volume {volume} is open read-only or shared: its header must not be written")
+        slot = self.heavy.slot(f"change the passphrase of volume {volume}", deadline=deadline)
+        with slot, self.devices.open(target.device, write=True) as opened:
+            header = self.encryption.header(opened)
+            if not isinstance(header, LuksHeader) or not mapping.is_of(header):
+                raise PreconditionFailed(f"volume {volume} was opened by another LUKS header than its own")
+            self._right_passphrase(opened, header, target, plan, may_write=True)
+
     def _first_right(self, opened: OpenDevice, passphrases: Sequence[str]) -> str | None:
         return next((each for each in passphrases if self.encryption.opens(opened, each)), None)
 

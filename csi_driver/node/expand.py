@@ -66,8 +66,8 @@ class Expand:
 
     def _mount_of(self, volume: NodeVolume, request: NodeExpandRequest) -> Mount | None:
         """Return the volume's mount, preferably the staged one; None for unpublished raw block."""
-        at_volume_path = self._own_mount(volume, request.volume_path)
-        at_staging = self._own_mount(volume, request.staging_target_path) if request.staging_target_path else None
+        at_volume_path = self.own_mount(volume, request.volume_path)
+        at_staging = self.own_mount(volume, request.staging_target_path) if request.staging_target_path else None
         if at_volume_path is not None and at_volume_path.node_number is not None:
             return at_volume_path
         if at_volume_path is not None or at_staging is not None:
@@ -77,7 +77,8 @@ class Expand:
             return None
         raise NotFound(f"volume {volume} is not mounted at {request.volume_path}")
 
-    def _own_mount(self, volume: NodeVolume, path: str) -> Mount | None:
+    def own_mount(self, volume: NodeVolume, path: str) -> Mount | None:
+        """Return the mount at a path if it is the volume's."""
         mounted = self.mounts.at(known_path(self.paths, volume, path))
         if mounted is None or self.ownership.owner_of(mounted, volume) is Owner.OTHER:
             return None

@@ -231,6 +231,12 @@ class Filesystems(Protocol):
     def grow_mounted(self, path: Path, device: Device, fs_type: str) -> None:
         """Grow a mounted filesystem. Raises `PreconditionFailed` where it cannot."""
 
+    def trim(self, path: Path, device: Device, fs_type: str, *, deadline: Deadline) -> int:
+        """Discard the free blocks of a mounted filesystem and return their bytes, some of them maybe anew.
+
+        Raises `SystemCallFailed` with EOPNOTSUPP or ENOTTY where it or its device takes no discards, `DeadlineReached`.
+        """
+
     def usage(self, path: Path) -> Usage:
         """Return statfs(2) of the filesystem. May hang: call it in a `Watchdog`."""
 

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 import grpc
+from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import _server
@@ -26,7 +27,7 @@ from csi_driver import errors
 from csi_driver.deadline import Deadline
 from csi_driver.node.concurrency import functions_of
 from csi_driver.rpc import validation
-from csi_driver.rpc.contract import RPCS, LockKey, Locks, Rpc, ThreadPools, thread_pools
+from csi_driver.rpc.contract import ADDONS, RPCS, LockKey, Locks, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.redaction import describe
 from csi_driver.telemetry.metrics import rpc_durations, running_calls
@@ -82,8 +83,9 @@ def message_of(error: errors.DriverError) -> str:
 
 
 class Service:
-    """A CSI service, named as in csi.proto. It has a method for each RPC, which takes the request and the deadline."""
+    """A service, named as in its file. It has a method for each RPC, which takes the request and the deadline."""
 
+    file: ClassVar[FileDescriptor] = csi_pb2.DESCRIPTOR
     name: ClassVar[str]
     at_once: ClassVar[int] = 2
     """Calls of a thread pool that compute at the same time. More would wait for the interpreter's lock."""
@@ -167,10 +169,11 @@ class Boundary:
 
     def handlers(self, service: Service) -> grpc.GenericRpcHandler[Message, Message]:
         """Return the wrapped RPCs of a service for gRPC, which answers UNIMPLEMENTED to all others."""
-        descriptor = csi_pb2.DESCRIPTOR.services_by_name[service.name]
+        descriptor = service.file.services_by_name[service.name]
         handlers = {}
         for method in descriptor.methods:
-            rpc = RPCS.get(f"/{descriptor.full_name}/{method.name}")
+            path = f"/{descriptor.full_name}/{method.name}"
+            rpc = RPCS.get(path) or ADDONS.get(path)
             if rpc is None or rpc.method in self.disabled:
                 continue
             request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)

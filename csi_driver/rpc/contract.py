@@ -146,7 +146,7 @@ class Rpc:
     @property
     def may_hang(self) -> bool:
         """Whether the call works on devices and mounts, where the kernel may block its thread for any time."""
-        return self.pool is Pool.WORK and self.service.endswith("Node")
+        return self.pool is Pool.WORK and self.service.endswith(("Node", "EncryptionKeyRotationController"))
 
     def lock_keys(self, request: Message) -> tuple[LockKey, ...]:
         shared = self.shares_volume and not _is_single_writer(request)
@@ -240,6 +240,22 @@ RPCS: Mapping[str, Rpc] = MappingProxyType(
     {f"/csi.v1.{rpc.method}": replace(rpc, method=f"/csi.v1.{rpc.method}") for rpc in _RPCS}
 )
 """gRPC method path to RPC."""
+
+ADDONS: Mapping[str, Rpc] = MappingProxyType(
+    {
+        rpc.method: rpc
+        for rpc in (
+            _instant("/identity.Identity/GetIdentity"),
+            _read("/identity.Identity/GetCapabilities"),
+            _instant("/identity.Identity/Probe"),
+            Rpc("/reclaimspace.ReclaimSpaceController/ControllerReclaimSpace", required=_ID, locks=_ID),
+            # volume_path is REQUIRED too, but the sidecar leaves it empty.
+            Rpc("/reclaimspace.ReclaimSpaceNode/NodeReclaimSpace", required=_ID, locks=_ID),
+            Rpc("/encryptionkeyrotation.EncryptionKeyRotationController/EncryptionKeyRotate", required=_ID, locks=_ID),
+        )
+    }
+)
+"""The same for CSI-Addons."""
 
 HEALTH = frozenset(method for method in RPCS if method.endswith("Health"))
 """The alpha volume health RPCs, served only where they are enabled."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CSI endpoint on a Unix socket: bind, serve, drain; and the signals that end it.
+"""An endpoint on Unix sockets: bind, serve, drain; and the signals that end it.
 
 The CO chooses the socket's path; the plugin makes the socket and no other file there (CSI specification,
 "Supervised Lifecycle Management").
@@ -36,11 +36,24 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server:
-    def __init__(self, settings: EndpointSettings, boundary: Boundary, services: Sequence[Service]) -> None:
+    """Serves CSI, and on a socket of its own CSI-Addons."""
+
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        boundary: Boundary,
+        services: Sequence[Service],
+        addons: Sequence[Service] = (),
+    ) -> None:
         self._settings = settings
         self._boundary = boundary
-        self._server = grpc.server(
-            boundary.pools[Pool.WORK],
+        self._servers = [("CSI", settings.socket, self._made(services))]
+        if settings.csi_addons_socket is not None:
+            self._servers.append(("CSI-Addons", settings.csi_addons_socket, self._made(addons)))
+
+    def _made(self, services: Sequence[Service]) -> grpc.Server:
+        server = grpc.server(
+            self._boundary.pools[Pool.WORK],
             options=[
                 ("grpc.max_receive_message_length", _REQUEST_LIMIT_BYTES),
                 ("grpc.max_send_message_length", -1),
@@ -50,21 +63,22 @@ class Server:
                 ("grpc.http2.bdp_probe", 0),
             ],
         )
-        self._server.add_generic_rpc_handlers(tuple(boundary.handlers(service) for service in services))
+        server.add_generic_rpc_handlers(tuple(self._boundary.handlers(service) for service in services))
+        return server
 
     def start(self) -> None:
-        """Bind the socket and serve. Raises `PreconditionFailed` when the path is taken."""
-        path = self._settings.socket
-        make_way(path)
-        before = os.umask(_SOCKET_UMASK)
-        try:
-            self._server.add_insecure_port(f"unix:{quote(str(path))}")  # gRPC reads it as a URI
-        except RuntimeError as error:
-            raise PreconditionFailed(f"the socket {path} cannot be bound: {error}") from error
-        finally:
-            os.umask(before)
-        self._server.start()
-        _LOG.info("serving CSI on %s", path)
+        """Bind the sockets and serve. Raises `PreconditionFailed` when a path is taken."""
+        for what, path, server in self._servers:
+            make_way(path)
+            before = os.umask(_SOCKET_UMASK)
+            try:
+                server.add_insecure_port(f"unix:{quote(str(path))}")  # gRPC reads it as a URI
+            except RuntimeError as error:
+                raise PreconditionFailed(f"the socket {path} cannot be bound: {error}") from error
+            finally:
+                os.umask(before)
+            server.start()
+            _LOG.info("serving %s on %s", what, path)
 
     def linger(self) -> None:
         """Go on serving before the shutdown (`pre_shutdown_s`): kubelet still unmounts volumes of pods that end."""
@@ -75,10 +89,11 @@ class Server:
     def drain(self) -> bool:
         """Reject new calls and wait for running ones; False when some still run after `drain_s`."""
         until_s = time.monotonic() + self._settings.drain_s
-        stopped = self._server.stop(self._settings.drain_s)
+        stopped = [server.stop(self._settings.drain_s) for _, _, server in self._servers]
         # gRPC forgets a call after its caller left, but its work may continue.
         left = self._boundary.running.wait_for_none(self._settings.drain_s)
-        stopped.wait(max(_ANSWER_TIME_S, until_s - time.monotonic()))
+        for each in stopped:
+            each.wait(max(_ANSWER_TIME_S, until_s - time.monotonic()))
         for pool in self._boundary.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
         if left:

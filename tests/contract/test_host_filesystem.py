@@ -646,3 +646,73 @@ def test_the_root_directory_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) ->
     assert not [
         warning for warning in machine_checks.MachineTools([Path("/")]).warnings() if "Bidirectional" in warning
     ]
+
+
+# --- giving back free space -------------------------------------------------------------------------------------
+
+
+def taken_bytes(volume: Volume) -> int:
+    """Return what a volume's file takes on disk."""
+    os.sync()
+    return volume.file.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize("fs_type", list(SIZES))
+@pytest.mark.parametrize("part_bytes", [GIB, 24 * MIB], ids=["at-once", "in-parts"])
+def test_a_trim_returns_free_blocks_and_keeps_the_data(
+    machine: HostMachine, fs_type: str, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem, "_TRIM_PART_BYTES", part_bytes)
+    volume, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    kept = os.urandom(3 * MIB)
+    (target / "kept").write_bytes(kept)
+    (target / "removed").write_bytes(os.urandom(12 * MIB))
+    os.sync()
+    (target / "removed").unlink()
+    shell("sync", "-f", str(target))
+    before = taken_bytes(volume)
+    assert machine.filesystems.trim(target, device, fs_type, deadline=soon()) >= 12 * MIB
+    assert taken_bytes(volume) <= before - 11 * MIB
+    machine.mounts.unmount(target)
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    assert (target / "kept").read_bytes() == kept
+
+
+def test_a_filesystem_that_ends_before_its_device_is_trimmed_to_its_end(
+    machine: HostMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystem, "_TRIM_PART_BYTES", 16 * MIB)
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    grown = machine.grow(volume, 128 * MIB)
+    assert 0 < machine.filesystems.trim(target, grown, "ext4", deadline=soon()) <= SIZES["ext4"]
+
+
+def test_a_trim_ends_at_its_deadline(machine: HostMachine) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    with pytest.raises(DeadlineReached, match="the trim of"):
+        machine.filesystems.trim(target, device, "ext4", deadline=Deadline.after(0))
+
+
+def test_a_path_that_holds_another_device_is_not_trimmed(machine: HostMachine) -> None:
+    _, device = machine.formatted("ext4", SIZES["ext4"])
+    _, other = machine.formatted("ext4", SIZES["ext4"], "csi-2")
+    target = machine.place()
+    machine.mounts.mount(other, target, "ext4", [], read_only=False)
+    with pytest.raises(PreconditionFailed, match="holds device"):
+        machine.filesystems.trim(target, device, "ext4", deadline=soon())
+
+
+def test_a_device_without_discards_is_known_by_its_error(machine: HostMachine) -> None:
+    volume, device = machine.formatted("ext4", SIZES["ext4"])
+    target = machine.place()
+    machine.mounts.mount(device, target, "ext4", [], read_only=False)
+    Path(f"/sys/block/loop{volume.loop.number}/queue/discard_max_bytes").write_text("0")
+    with pytest.raises(SystemCallFailed) as refused:
+        machine.filesystems.trim(target, device, "ext4", deadline=soon())
+    assert refused.value.errno == errno.EOPNOTSUPP

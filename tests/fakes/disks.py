@@ -37,6 +37,7 @@ class FakeFilesystem:
     uuid: str = ""
     is_damaged: bool = False
     checks: int = 0
+    trims: int = 0
     root: str = "/"
 
 
@@ -74,6 +75,7 @@ class FakeDisk:
     below: FakeDisk | None = None
     """The device below an opened encrypted device."""
     is_suspended: bool = False
+    takes_discards: bool = True
 
     @property
     def ground(self) -> FakeDisk:

@@ -273,6 +273,17 @@ class FakeFilesystems:
         held.size_bytes = device.size_bytes
         self._host.step("after grow")
 
+    def trim(self, path: Path, device: Device, fs_type: str, *, deadline: Deadline) -> int:
+        entry = self._host.topmost(path)
+        if entry is None or entry.disk is None:
+            raise SystemCallFailed(f"open {path}", errno.ENOENT)
+        held, disk = self._held(device, fs_type), entry.disk
+        over = disk.below.luks if disk.below is not None else None
+        if not disk.takes_discards or (over is not None and not over.opened_with_discards):
+            raise SystemCallFailed("FITRIM", errno.EOPNOTSUPP)
+        held.trims += 1
+        return held.size_bytes - sum(len(data) for data in held.files.values())
+
     def usage(self, path: Path) -> Usage:
         self._host.answers.wait()
         entry = self._host.topmost(path)
