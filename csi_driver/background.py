@@ -194,13 +194,16 @@ class Worker(Background):
     _times: list[tuple[float, str]] = field(default_factory=list, init=False)
     _pauses: dict[str, float] = field(default_factory=dict, init=False)
 
-    def stop(self) -> None:
-        """Finish the present job and end; the caller queues the others again after its next start."""
+    def stop(self, wait_s: float | None = None) -> None:
+        """Finish the present job and end; the caller queues the others again after its next start.
+
+        Waits for the job's end, at most `wait_s`.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(wait_s)
 
     def later(self, key: str, job: Callable[[], bool], delay_s: float | None = None) -> None:
         """Run `job` after `delay_s`, by default after the key's next pause. The earliest time of a key counts."""

@@ -184,6 +184,14 @@ class NotAttached(PreconditionFailed):
         )
 
 
+class ContentRefused(PreconditionFailed):
+    """A volume is not used or formatted because of the content of its device; only a person can decide."""
+
+
+class GrowsAtNextMount(PreconditionFailed):
+    """The filesystem keeps its size while it is mounted as it is; it grows when the volume is staged next."""
+
+
 class ReservationConflict(PreconditionFailed):
     """The volume is reserved in a conflicting mode (ids 1716 to 1718). `current_version`: where the server gave it."""
 

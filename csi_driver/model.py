@@ -123,6 +123,32 @@ class VolumeHandle:
         return whole if len(whole.encode()) <= HANDLE_LIMIT_BYTES else base
 
 
+_UID_LENGTH = 36
+_CLAIM = re.compile(r"([a-z0-9-]{1,63})/([a-z0-9.-]{1,253})/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A PersistentVolumeClaim. The uid tells it from a later claim of the same name."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}/{self.uid}"
+
+    @classmethod
+    def parse(cls, text: str) -> Claim | None:
+        found = _CLAIM.fullmatch(text)
+        return cls(*found.groups()) if found is not None else None
+
+    @classmethod
+    def provisioned(cls, csi_name: str, namespace: str, name: str) -> Claim | None:
+        """Return the claim for which the provisioner had the volume `csi_name` created, which ends with its uid."""
+        return cls.parse(f"{namespace}/{name}/{csi_name[-_UID_LENGTH:]}")
+
+
 def is_volume_name(text: str) -> bool:
     """Return whether `text` can be the name of a volume in any management version, and of a file."""
     return _NAME.fullmatch(text) is not None and text.strip(".") != ""

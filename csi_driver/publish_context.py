@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from csi_driver.model import VolumeHandle, is_uuid, is_volume_name
+from csi_driver.model import Claim, VolumeHandle, is_uuid, is_volume_name
 
 
 class History(StrEnum):
@@ -40,6 +40,7 @@ class PublishContext:
     `stripe_bytes`: contiguous bytes on one drive, and the data of a whole stripe; 0 = no stripes, or unknown.
     `populated`: made from a snapshot or another volume, whose content it has; `inherited_uuids`: the volumes whose
     filesystem or LUKS header that content may be. `private_copy`: the device of a reader is a copy for this node alone.
+    `claim`: for which the volume was created, for events; no decision depends on it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class PublishContext:
     populated: bool = False
     inherited_uuids: tuple[str, ...] = ()
     private_copy: bool = False
+    claim: Claim | None = None
 
     def as_map(self) -> dict[str, str]:
         rare = {
@@ -65,6 +67,7 @@ class PublishContext:
             "populated": "true" if self.populated else "",
             "inheritedUuids": ",".join(self.inherited_uuids),
             "privateCopy": "true" if self.private_copy else "",
+            "claim": str(self.claim or ""),
         }
         return {key: text for key, text in rare.items() if text} | {
             "name": self.name,
@@ -97,6 +100,7 @@ class PublishContext:
             populated=context.get("populated") == "true",
             inherited_uuids=tuple(filter(is_uuid, context.get("inheritedUuids", "").lower().split(","))),
             private_copy=context.get("privateCopy") == "true",
+            claim=Claim.parse(context.get("claim", "")),
         )
 
 

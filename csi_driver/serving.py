@@ -7,14 +7,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 from csi_driver import driver_version
 from csi_driver.background import Periodic
 from csi_driver.config.csi_commands import ControllerCommand, ManagementAccess, NodeCommand
+from csi_driver.flags import host_name
 from csi_driver.model import ClusterNames
+from csi_driver.reporting import SILENT
 from csi_driver.rpc import services
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from csi_driver.node.node_info import NodeZone
     from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases
-    from csi_driver.settings import ControllerSettings
+    from csi_driver.reporting import Reporter
+    from csi_driver.settings import ApiSettings, ControllerSettings
     from csi_driver.telemetry.pages import Check
 
 _LOG = logging.getLogger(__name__)
@@ -72,13 +75,29 @@ def _connect(access: ManagementAccess, requests: metrics.ManagementMetrics) -> C
     return open_clusters(access.clusters_file, access.defaults, partial(ManagementClient, metrics=requests))
 
 
+def _reporter(
+    api: ApiSettings, driver_name: str, *, is_on: bool, node_name: str = ""
+) -> AbstractContextManager[Reporter]:
+    if not is_on:
+        return nullcontext(SILENT)
+    from csi_driver.kubernetes.api import ApiServer
+    from csi_driver.kubernetes.events import EventRecorder
+
+    return EventRecorder(ApiServer(api), driver_name, node_name or host_name(), node_name)
+
+
 def run_controller(command: ControllerCommand) -> int:
+    with _reporter(command.api, command.controller.driver_name, is_on=command.events) as reporter:
+        return _run_controller(command, reporter)
+
+
+def _run_controller(command: ControllerCommand, reporter: Reporter) -> int:
     from csi_driver.controller.features import Readiness, ZoneFeatures
 
     settings, requests = command.controller, metrics.ManagementMetrics()
     clusters = _connect(command.access, requests)
     features = ZoneFeatures(clusters)
-    readiness, use_cases = Readiness(features), _controller_use_cases(clusters, settings, features)
+    readiness, use_cases = Readiness(features), _controller_use_cases(clusters, settings, features, reporter)
     service = services.ControllerService(
         use_cases,
         volume_health=command.endpoint.volume_health,
@@ -108,7 +127,7 @@ def run_controller(command: ControllerCommand) -> int:
 
 
 def _controller_use_cases(
-    clusters: Clusters, settings: ControllerSettings, features: ZoneFeatures
+    clusters: Clusters, settings: ControllerSettings, features: ZoneFeatures, reporter: Reporter
 ) -> services.ControllerUseCases:
     from csi_driver.controller.capacity import ExpandVolume, GetCapacity
     from csi_driver.controller.changed_blocks import ChangedBlocks
@@ -125,8 +144,8 @@ def _controller_use_cases(
     return services.ControllerUseCases(
         create=CreateVolume(clusters, settings, snapshots),
         delete=DeleteVolume(clusters, settings),
-        publish=PublishVolume(clusters, settings),
-        unpublish=UnpublishVolume(clusters, settings),
+        publish=PublishVolume(clusters, settings, reporter),
+        unpublish=UnpublishVolume(clusters, settings, reporter),
         expand=ExpandVolume(clusters),
         modify=ModifyVolume(clusters),
         listing=listing,
@@ -141,8 +160,14 @@ def _controller_use_cases(
 
 
 def run_node(command: NodeCommand) -> int:
+    node = command.node
+    with _reporter(command.api, node.driver_name, is_on=command.events, node_name=node.node_name) as reporter:
+        return _run_node(command, reporter)
+
+
+def _run_node(command: NodeCommand, reporter: Reporter) -> int:
     requests = metrics.ManagementMetrics()
-    use_cases = _node_use_cases(command, requests)
+    use_cases = _node_use_cases(command, requests, reporter)
 
     def background(boundary: Boundary) -> ExitStack:
         reconcile = partial(use_cases.reconcile.sweep, boundary.lock_volume)
@@ -223,7 +248,7 @@ def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Pe
     return loops
 
 
-def _node_use_cases(command: NodeCommand, requests: metrics.ManagementMetrics) -> NodeUseCases:
+def _node_use_cases(command: NodeCommand, requests: metrics.ManagementMetrics, reporter: Reporter) -> NodeUseCases:
     from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
     from csi_driver.host.devices import LinuxDevices
     from csi_driver.host.filesystem import LinuxFilesystems
@@ -252,10 +277,12 @@ def _node_use_cases(command: NodeCommand, requests: metrics.ManagementMetrics) -
         tools=tools,
         zone=_node_zone(command),
         settings=command.node,
+        reporter=reporter,
     )
     if command.attach_by is AttachBy.CONTROLLER:
         return use_cases
-    return attaching_by_node(use_cases, _node_attach(command, requests, lambda: use_cases.identity.info().node_id))
+    attachments = _node_attach(command, requests, reporter, lambda: use_cases.identity.info().node_id)
+    return attaching_by_node(use_cases, attachments)
 
 
 def _node_zone(command: NodeCommand) -> NodeZone:
@@ -280,9 +307,12 @@ def _node_zone(command: NodeCommand) -> NodeZone:
     )
 
 
-def _node_attach(command: NodeCommand, requests: metrics.ManagementMetrics, node_id: Callable[[], str]) -> Attachments:
+def _node_attach(
+    command: NodeCommand, requests: metrics.ManagementMetrics, reporter: Reporter, node_id: Callable[[], str]
+) -> Attachments:
     from csi_driver.controller.fencing import UnpublishVolume
     from csi_driver.controller.publish import NodeAttach, PublishVolume
 
     clusters, settings = _connect(command.access, requests), command.attach
-    return NodeAttach(PublishVolume(clusters, settings), UnpublishVolume(clusters, settings), node_id)
+    publisher = PublishVolume(clusters, settings, reporter)
+    return NodeAttach(publisher, UnpublishVolume(clusters, settings, reporter), node_id)

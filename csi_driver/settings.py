@@ -148,6 +148,14 @@ class ApiSettings:
     timeout_s: float = 10.0
 
 
+EVENTS = Flag(
+    False,
+    "--events",
+    read_boolean,
+    "Record Kubernetes Events for findings that no CSI error shows; docs/events.md has the list.",
+)
+
+
 class AttachBy(StrEnum):
     CONTROLLER = "controller"
     NODE = "node"

@@ -90,8 +90,14 @@ class ControllerCommand(ClusterCommand):
     access: ManagementAccess = section(ManagementAccess)
     controller: settings.ControllerSettings = section(settings.ControllerSettings)
     attach_by: settings.AttachBy = settings.ATTACH_BY.field()
+    events: bool = settings.EVENTS.field()
+    api: settings.ApiSettings = section(settings.ApiSettings)
     http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
+
+    def problems(self, values: Values) -> Iterator[str]:
+        yield from self.access.problems()
+        yield from _without_api(self.api, {"--events": self.events})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +116,7 @@ class NodeCommand(Command):
     access: ManagementAccess = section(ManagementAccess)
     attach: settings.AttachSettings = section(settings.AttachSettings)
     node_object: settings.NodeObjectSettings = section(settings.NodeObjectSettings)
+    events: bool = settings.EVENTS.field()
     api: settings.ApiSettings = section(settings.ApiSettings)
     http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
@@ -136,10 +143,9 @@ class NodeCommand(Command):
             given = ", ".join(name for name, each in flags.items() if name not in own and values.is_given(each))
             if given:
                 yield f"{given} requires --attach-by node: else the node attaches no volume itself"
-        wanted = {"--node-label": self.node_object.label, "--startup-taint": self.node_object.startup_taint}
-        names = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)
-        if names and not self.api.host:
-            yield f"{names} requires --kubernetes-host (or KUBERNETES_SERVICE_HOST, which every pod has)"
+        taint = bool(self.node_object.startup_taint)
+        wanted = {"--node-label": self.node_object.label, "--startup-taint": taint, "--events": self.events}
+        yield from _without_api(self.api, wanted)
         registration = self.registration
         if registration is None and self.kubelet_endpoint is not None:
             yield "--kubelet-endpoint requires --kubelet-registration-directory"
@@ -148,6 +154,12 @@ class NodeCommand(Command):
                 f"registration socket {registration.socket}: expected at most {SOCKET_PATH_LIMIT_BYTES} bytes, got"
                 f" {length}; shorten --kubelet-registration-directory or --driver-name"
             )
+
+
+def _without_api(api: settings.ApiSettings, wanted: Mapping[str, bool]) -> Iterator[str]:
+    names = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)
+    if names and not api.host:
+        yield f"{names} requires --kubernetes-host (or KUBERNETES_SERVICE_HOST, which every pod has)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

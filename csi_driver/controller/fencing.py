@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 
 from csi_driver.controller.ports import Clusters
 from csi_driver.controller.volume_lookup import Located, ZoneNotServed, find_client, locate
-from csi_driver.controller.volume_metadata import read_attachments
+from csi_driver.controller.volume_metadata import claim_of, read_attachments
 from csi_driver.controller.zones import ask, served
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, OperationPending, PreconditionFailed, shown
 from csi_driver.model import VolumeHandle
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 from csi_driver.settings import AttachSettings, Fencing
 from csi_driver.storage_model import (
     Client,
@@ -99,6 +100,7 @@ def device_state(client: Client, volume: Volume) -> str:
 class UnpublishVolume:
     clusters: Clusters
     settings: AttachSettings
+    reporter: Reporter = SILENT
 
     def unpublish(self, volume_id: str, node_id: str, *, deadline: Deadline) -> None:
         """Detach the volume under this handle from the node (without `node_id`: from all), and wait for it.
@@ -186,8 +188,10 @@ class UnpublishVolume:
             return
         wait = self.settings.wait(deadline, self.settings.detach_wait_s)
         if not wait.wait_until(is_done_now) and latest is not None:
-            state = device_state(latest, located.volume)
-            raise DeadlineReached(f"volume {located.volume.name} to be detached from node {client.id} ({state})")
+            volume, state = located.volume, device_state(latest, located.volume)
+            note = f"volume {volume.name} is still attached to node {client.id} after its detachment began: {state}"
+            self.reporter.report(Subject(claim_of(volume.metadata), client.id), EventReason.NOT_DETACHED, note)
+            raise DeadlineReached(f"volume {volume.name} to be detached from node {client.id} ({state})")
 
 
 def _holds(client: Client, handle: VolumeHandle) -> bool:
@@ -225,8 +229,11 @@ class Preemption:
             self._refuse_contradiction(located, {client.id, *(holder.id for holder in holders)}, deadline=deadline)
         return volume.reservation.version
 
-    def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> None:
-        """Decide again right before the preemption. Raises `OperationPending` if the reservation has changed."""
+    def confirm(self, located: Located, client: Client, version: int, *, deadline: Deadline) -> list[str]:
+        """Decide again right before the preemption, and return the ids of the clients that hold the volume.
+
+        Raises `OperationPending` if the reservation has changed.
+        """
         volume = located.volume
         present = located.management.volume(volume.name, deadline=deadline)
         if present is None or present.uuid != volume.uuid or present.reservation.version != version:
@@ -237,6 +244,8 @@ class Preemption:
             "taking volume %s, uuid %s, version %d, from %s to %s: %s",
             *(present.name, present.uuid, version, present.reservation.reserved_by or "no client", client.id, reason),
         )
+        names = {present.reservation.reserved_by, *present.reservation.attached} - {None, client.id}
+        return sorted(name for name in names if name)
 
     def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
         holders, reasons = self._judge(located, client, deadline)

@@ -20,6 +20,7 @@ from csi_driver.controller.validate import check_capability, reservation_mode
 from csi_driver.controller.volume_lookup import Located, find_client, must_record_handle, require, sole_management
 from csi_driver.controller.volume_metadata import (
     AttachmentRecord,
+    claim_of,
     encryption_of,
     history_of,
     next_number,
@@ -32,6 +33,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.model import BlockAccess, Capability, VolumeHandle
 from csi_driver.parameters.storage_class import check_use
 from csi_driver.publish_context import Encryption, History, PublishContext, reference_id
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 from csi_driver.settings import AttachSettings
 from csi_driver.storage_model import (
     Client,
@@ -55,6 +57,7 @@ class PublishVolume:
 
     clusters: Clusters
     settings: AttachSettings
+    reporter: Reporter = SILENT
 
     def publish(self, request: PublishRequest, *, deadline: Deadline) -> PublishContext:
         """Attach the volume to the node and wait until its device is usable there.
@@ -65,7 +68,8 @@ class PublishVolume:
         mode = reservation_mode(request.capability, read_only=request.read_only)
         located, client = self._find(request, deadline)
         preemption = Preemption(self.settings.fencing)
-        return _Call(self.clusters, self.settings, request, mode, deadline, located, client, preemption).publish()
+        call = _Call(self.clusters, self.settings, self.reporter, request, mode, deadline, located, client, preemption)
+        return call.publish()
 
     def _find(self, request: PublishRequest, deadline: Deadline) -> tuple[Located, Client]:
         """Find node and volume, the volume last: its attachment record must not be older than the node's state."""
@@ -89,6 +93,7 @@ class PublishVolume:
 class _Call:
     clusters: Clusters
     settings: AttachSettings
+    reporter: Reporter
     request: PublishRequest
     mode: ReservationMode
     deadline: Deadline
@@ -187,8 +192,9 @@ class _Call:
 
     def _attach(self, preempted: int | None) -> VolumeOnClient | None:
         volume, client = self.located.volume, self.client
+        holders: list[str] = []
         if preempted is not None:
-            self.preemption.confirm(self.located, client, preempted, deadline=self.deadline)
+            holders = self.preemption.confirm(self.located, client, preempted, deadline=self.deadline)
         try:
             answered = self.located.management.attach(
                 client,
@@ -208,6 +214,12 @@ class _Call:
             if present is not None and not present.is_detaching:
                 raise self._held_in(present.mode) from conflict
             raise self.preemption.refusal(self.located, client, deadline=self.deadline) from conflict
+        for holder in holders:
+            note = (
+                f"volume {volume.name} was taken from node {holder} for node {client.id}: "
+                f"the storage refuses the I/O of pods that still use it on {holder}"
+            )
+            self.reporter.report(Subject(claim_of(volume.metadata), holder), EventReason.TAKEN_OVER, note)
         mode = self.mode.name.lower()
         _log.info("attaching volume %s, uuid %s, to %s as %s", volume.name, volume.uuid, client.id, mode)
         return answered
@@ -284,6 +296,7 @@ class _Call:
             populated=origin is not None,
             inherited_uuids=origin.ancestors if origin is not None else (),
             private_copy=is_reader and volume.has_private_readers,
+            claim=claim_of(volume.metadata) if self.reporter is not SILENT else None,
         )
 
     def _may_format(self, volume: Volume, number: int) -> bool:

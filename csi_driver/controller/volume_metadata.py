@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
 from csi_driver.compat import volumes as compat
-from csi_driver.model import AccessMode, CapacityRange, RequestedSource
-from csi_driver.parameters.storage_class import CONTEXT_KEYS
+from csi_driver.model import AccessMode, CapacityRange, Claim, RequestedSource
+from csi_driver.parameters.storage_class import CONTEXT_KEYS, RESERVED_PREFIX, metadata_key
 from csi_driver.publish_context import Encryption, History
 from csi_driver.storage_model import Reservation, ReservationMode, Snapshot, SourceKind, Volume, VolumeSummary
 
@@ -120,6 +120,12 @@ def read_creation(metadata: Mapping[str, object]) -> Creation:
 
 def csi_name_of(metadata: Mapping[str, object]) -> str | None:
     return _text(metadata, "csi_name")
+
+
+def claim_of(metadata: Mapping[str, object]) -> Claim | None:
+    """Return the claim for which Kubernetes had the volume created; None where the provisioner did not tell."""
+    name, namespace = (_text(metadata, metadata_key(f"{RESERVED_PREFIX}pvc/{key}")) for key in ("name", "namespace"))
+    return Claim.provisioned(csi_name_of(metadata) or "", namespace or "", name or "")
 
 
 def issued_place(metadata: Mapping[str, object]) -> tuple[str | None, str | None]:

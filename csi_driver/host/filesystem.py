@@ -17,7 +17,9 @@ from pathlib import Path
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CommandFailed,
+    ContentRefused,
     DeadlineReached,
+    GrowsAtNextMount,
     HostFailure,
     InvalidField,
     PreconditionFailed,
@@ -161,7 +163,7 @@ class LinuxFilesystems:
             reader = stack.enter_context(zero_scan.DirectReader(device, length))
             changed = disk_formats.with_btrfs_uuid({offset: reader.read(offset, length) for offset in offsets}, uuid)
             if not changed:
-                raise PreconditionFailed(
+                raise ContentRefused(
                     f"btrfs on {path}, a copy of a volume, cannot get a uuid of its own: its superblock is damaged, of "
                     "several devices, or of an unknown kind; restore from another snapshot"
                 )
@@ -219,7 +221,7 @@ class LinuxFilesystems:
                 ioctls.ext4_resize(fd, blocks)
             except SystemCallFailed as failure:
                 if failure.errno == errno.EPERM:
-                    raise PreconditionFailed(
+                    raise GrowsAtNextMount(
                         f"ext4 on {device.path} cannot grow while it is mounted: this process lacks CAP_SYS_RESOURCE; "
                         "the next NodeStageVolume grows it before it mounts it"
                     ) from failure
@@ -364,7 +366,7 @@ def _e2fsck(device: OpenDevice, options: Sequence[str], *, timeout_s: float) -> 
         _run_on(device, ("e2fsck", *options), timeout_s=timeout_s, accept=(0, _CORRECTED, _CORRECTED | _REBOOT))
     except CommandFailed as failure:
         if failure.status > 0 and failure.status & (_UNCORRECTED | _OPERATIONAL):
-            raise PreconditionFailed(
+            raise ContentRefused(
                 f"ext4 on {device.device.path} needs manual repair: e2fsck {' '.join(options)} ended with status "
                 f"{failure.status}; keep a copy of the volume, then run `e2fsck -f {device.device.path}`"
             ) from failure

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Client of the Kubernetes API server: nodes, CSINodes and VolumeAttachments.
+"""Client of the Kubernetes API server: nodes, CSINodes, VolumeAttachments and Events.
 
 Token and CA certificate are read for each request: kubelet replaces the token about once an hour. Each request has a
 connection of its own, because requests are rare.
@@ -159,6 +159,34 @@ class ApiServer:
         path = f"/apis/storage.k8s.io/v1/volumeattachments/{quote(name, safe='')}"
         return self._get(path, f"get VolumeAttachment {shown(name)}") is not None
 
+    def attachment_metadata(self, name: str) -> Mapping[str, str]:
+        """Return the publish context of a VolumeAttachment; empty without one. Needs the right to get it."""
+        path = f"/apis/storage.k8s.io/v1/volumeattachments/{quote(name, safe='')}"
+        found = self._get(path, f"get VolumeAttachment {shown(name)}") or {}
+        context = _mapping(_mapping(found.get("status")).get("attachmentMetadata"))
+        return {key: text for key, text in context.items() if isinstance(text, str)}
+
+    def driver_uid(self, driver_name: str) -> str:
+        """Return the uid of a CSIDriver; "" without one. Needs the right to get it."""
+        path = f"/apis/storage.k8s.io/v1/csidrivers/{quote(driver_name, safe='')}{_CACHED}"
+        found = self._get(path, f"get CSIDriver {shown(driver_name)}") or {}
+        return str(_mapping(found.get("metadata")).get("uid") or "")
+
+    def create_event(self, namespace: str, event: Mapping[str, object]) -> None:
+        """Create an event. Needs the right to create events of the group events.k8s.io in that namespace."""
+        self._request("POST", _events_path(namespace), f"create an event in {namespace}", event, "application/json")
+
+    def repeat_event(self, namespace: str, name: str, series: Mapping[str, object]) -> bool:
+        """Set the series of an event; False where it has expired. Needs the right to patch events."""
+        what = f"count event {name} in {namespace}"
+        try:
+            self._request("PATCH", f"{_events_path(namespace)}/{name}", what, {"series": series}, _MERGE_PATCH)
+        except ApiFailed as error:
+            if error.status == http.client.NOT_FOUND:
+                return False
+            raise
+        return True
+
     def _get(self, path: str, what: str) -> Mapping[str, object] | None:
         try:
             document = json.loads(self._request("GET", path, what))
@@ -190,7 +218,7 @@ class ApiServer:
                 status, content = response.status, response.read(_ANSWER_LIMIT_BYTES)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ApiFailed(what, f"{type(error).__name__}: {error}") from error
-        if status != http.client.OK:
+        if status not in (http.client.OK, http.client.CREATED):
             family = Conflict if status in _CONFLICT else ApiFailed
             raise family(what, f"HTTP status {status}: {_reason(content)}", status)
         return content
@@ -198,6 +226,10 @@ class ApiServer:
 
 def _node_path(node_name: str) -> str:
     return f"/api/v1/nodes/{quote(node_name, safe='')}"
+
+
+def _events_path(namespace: str) -> str:
+    return f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
 
 
 def _reason(body: bytes) -> str:

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 
 from csi_driver.compat.volumes import passphrase_readings
 from csi_driver.deadline import Deadline
-from csi_driver.errors import Denied, HostFailure, MissingField, PreconditionFailed
+from csi_driver.errors import (
+    ContentRefused,
+    Denied,
+    GrowsAtNextMount,
+    HostFailure,
+    MissingField,
+    PreconditionFailed,
+)
 from csi_driver.host_model import LUKS_SUBSYSTEM, DamagedHeader, Device, LuksHeader, LuksMapping, Mount, OpenDevice
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.format import Preparation
@@ -75,7 +82,7 @@ class EncryptedVolumes:
         with self.devices.open(device) as opened:
             header = self.encryption.header(opened)
         if isinstance(header, LuksHeader) and header.subsystem == LUKS_SUBSYSTEM:
-            raise PreconditionFailed(f"volume {volume} is not encrypted, but holds a LUKS header of this driver")
+            raise ContentRefused(f"volume {volume} is not encrypted, but holds a LUKS header of this driver")
 
     def open(self, target: VolumeDevice, plan: EncryptionPlan, *, deadline: Deadline) -> VolumeDevice:
         """Open the volume, with a new header if allowed. Raises `Denied`."""
@@ -146,7 +153,7 @@ class EncryptedVolumes:
         with self.devices.open(target.device, write=write, exclusive=True) as opened:
             header = self._judge(opened, target, plan, deadline)
             if isinstance(header, Refuse):
-                raise PreconditionFailed(f"volume {target.volume} {header.reason}")
+                raise ContentRefused(f"volume {target.volume} {header.reason}")
             if write and not isinstance(header, LuksHeader):
                 header = self._make(opened, target, plan, header)
             if isinstance(header, LuksHeader):
@@ -264,7 +271,7 @@ class EncryptedVolumes:
         if mapping.size_bytes + self.header_bytes(volume, device) >= device.size_bytes:
             return used
         if mapping.read_only:
-            raise PreconditionFailed(f"volume {volume} is open read-only; it grows when it is staged writable")
+            raise GrowsAtNextMount(f"volume {volume} is open read-only; it grows when it is staged writable")
         self._resize(volume, mapping, secrets)
         return self.opened_over(volume, device) or used
 

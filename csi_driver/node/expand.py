@@ -10,7 +10,9 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import (
     CapacityOutOfRange,
     DeadlineReached,
+    GrowsAtNextMount,
     InvalidField,
+    MissingField,
     NotFound,
     PreconditionFailed,
     VolumeNotFound,
@@ -24,6 +26,7 @@ from csi_driver.node.format import Preparation
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, number_of
 from csi_driver.node.ports import Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.publish import read_only_device
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 from csi_driver.settings import NodeSettings
 
 # A client shows a new size within seconds. kubelet also asks for sizes that never come: that of a static
@@ -45,9 +48,18 @@ class Expand:
     preparation: Preparation
     encrypted: EncryptedVolumes
     settings: NodeSettings
+    reporter: Reporter = SILENT
 
     def expand(self, request: NodeExpandRequest, *, deadline: Deadline) -> int:
         """Wait for the new size of the device, grow to it, and return the size without header."""
+        try:
+            return self._expand(request, deadline)
+        except (GrowsAtNextMount, MissingField) as reason:  # MissingField: the passphrase of an encrypted volume
+            subject = Subject(volume_id=request.volume_id)
+            self.reporter.report(subject, EventReason.GROWS_AT_NEXT_MOUNT, str(reason))
+            raise
+
+    def _expand(self, request: NodeExpandRequest, deadline: Deadline) -> int:
         volume = NodeVolume.of_request(request.volume_id)
         mounted = self._mount_of(volume, request)
         device = self._grown_device(volume, request.capacity.required_bytes, deadline)
@@ -126,7 +138,7 @@ class Expand:
         for found in self.mounts.of_device(device):
             if found.node_number is None and not found.read_only and self.ownership.is_live(found, device):
                 return found
-        raise PreconditionFailed(f"volume {volume} is mounted read-only; it grows when it is staged writable")
+        raise GrowsAtNextMount(f"volume {volume} is mounted read-only; it grows when it is staged writable")
 
 
 def known_path(paths: Paths, volume: NodeVolume, path: str) -> Path:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import OperationPending, PreconditionFailed
+from csi_driver.errors import ContentRefused, OperationPending, PreconditionFailed
 from csi_driver.host_model import GROWTH_THRESHOLD_BYTES, Device, Mount, OpenDevice
 from csi_driver.node.concurrency import HeavyOperations
 from csi_driver.node.format_policy import (
@@ -131,7 +131,7 @@ class Preparation:
             verdict = self._judge(claim, target, plan, deadline)
             match verdict:
                 case Refuse(reason=reason):
-                    raise PreconditionFailed(f"volume {target.volume} {reason}")
+                    raise ContentRefused(f"volume {target.volume} {reason}")
                 case Use(new_uuid=""):
                     return verdict
                 case Use(new_uuid=new) if write:
@@ -203,7 +203,7 @@ class Preparation:
         with self.heavy.scan():
             offset = self.filesystems.first_data(opened, deadline=None, progress=log)
         if offset is not None:
-            raise PreconditionFailed(
+            raise ContentRefused(
                 f"volume {volume} holds unrecognised data, the first at byte {offset}; "
                 "it may have been in use before, and only a device that is zero throughout is formatted; "
                 f"to format over it, run {ALLOW_FORMAT} and attach it again"

@@ -18,6 +18,7 @@ from csi_driver.host_model import Device, DeviceNumber, LuksMapping, Mount
 from csi_driver.model import EMPTY, VolumeHandle
 from csi_driver.node.ports import Devices, Encryption, Mounts
 from csi_driver.publish_context import PublishContext, held_reference
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class Ownership:
     devices: Devices
     encryption: Encryption
     mounts: Mounts
+    reporter: Reporter = SILENT
 
     def device_of(self, volume: NodeVolume) -> Device | None:
         """Return the volume's device as it is now; None if absent or another volume's."""
@@ -224,7 +226,9 @@ class Ownership:
             else:
                 return True
         if owner is Owner.OURS:
-            logger.warning("volume %s was taken from this node and is busy at %s: detached lazily", volume, path)
+            note = f"volume {volume} was taken from this node and is busy at {path}: detached lazily"
+            self.reporter.report(Subject(volume_id=volume.volume_id), EventReason.MOUNT_LOST, note)
+            logger.warning("%s", note)
         self.mounts.unmount(path, lost=number_of(mounted))
         return True
 

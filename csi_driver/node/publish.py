@@ -20,6 +20,7 @@ from csi_driver.node.usage_records import RAW, UsageRecords, record_use
 from csi_driver.parameters.encryption import encrypted_by
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, check_mount_group, mount_flags, plan_mount
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 
 STAGING_PATH, TARGET_PATH = "staging_target_path", "target_path"
 _READER_ID_LENGTH = 16
@@ -97,6 +98,7 @@ class Publish:
     preparation: Preparation
     encrypted: EncryptedVolumes
     shared_readers: SharedReaders
+    reporter: Reporter = SILENT
 
     def publish(self, request: NodePublishRequest, *, deadline: Deadline) -> None:
         """Publish the volume. Raises `PreconditionFailed`, `ExistsDifferently`."""
@@ -136,11 +138,12 @@ class Publish:
         volume = NodeVolume.parse(volume_id)
         if volume is None:
             return
-        unmounted = False
-        while (mounted := self.mounts.at(target)) is not None and self.ownership.unmount_one(mounted, target, volume):
-            self._release_reader(mounted, volume)
-            unmounted = True
-        if not unmounted:  # a repeated call, or a crash: only these pay for looking at all loop devices
+        try:
+            mounted, was_mounted = self._unmount(volume, target)
+        except PreconditionFailed as busy:
+            self.reporter.report(Subject(volume_id=volume_id), EventReason.VOLUME_IN_USE, str(busy))
+            raise
+        if not was_mounted:  # a repeated call, or a crash: only these pay for looking at all loop devices
             self._release_left_over(volume, target)
         if mounted is not None:
             return
@@ -149,6 +152,14 @@ class Publish:
             self.paths.remove(target)
         elif kind != "absent":
             raise PreconditionFailed(f"target path {target}: expected a directory or a file, got {kind}")
+
+    def _unmount(self, volume: NodeVolume, target: Path) -> tuple[Mount | None, bool]:
+        """Unmount the volume; return the mount of another one there, and whether the volume was mounted."""
+        was_mounted = False
+        while (mounted := self.mounts.at(target)) is not None and self.ownership.unmount_one(mounted, target, volume):
+            self._release_reader(mounted, volume)
+            was_mounted = True
+        return mounted, was_mounted
 
     def _publish_mount(
         self,

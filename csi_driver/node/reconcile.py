@@ -21,6 +21,7 @@ from csi_driver.node.concurrency import NotResponding, Watchdog
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.mount_owner import NodeVolume, Ownership, number_of
 from csi_driver.node.ports import Mounts, Paths, ReadOnlyDevices
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Reconcile:
     encrypted: EncryptedVolumes
     ownership: Ownership
     driver_name: str
+    reporter: Reporter = SILENT
     _searches: Watchdog[frozenset[Finding]] = field(default_factory=lambda: Watchdog("reconcile-search"), init=False)
     _removals: Watchdog[bool] = field(default_factory=lambda: Watchdog("reconcile-remove"), init=False)
     _seen: frozenset[Finding] = field(default=frozenset(), init=False)
@@ -76,7 +78,13 @@ class Reconcile:
         found = self._search()
         for finding in sorted(found - self._seen, key=str):
             logger.warning("%s", finding)
-        removed = {finding for finding in found & self._seen if self._remove_locked(finding, lock_volume)}
+        proven = found & self._seen
+        removed = {finding for finding in proven if self._remove_locked(finding, lock_volume)}
+        for finding in sorted(proven, key=str):
+            if finding in removed:
+                self.reporter.report(Subject(), EventReason.MOUNT_CLEANED_UP, f"{finding}: removed")
+            elif finding.kind is Kind.BROKEN:
+                self.reporter.report(Subject(), EventReason.MOUNT_LOST, str(finding))
         self._seen = found - removed
         return sorted(self._seen, key=str)
 

@@ -21,6 +21,7 @@ from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.stage import Stage
 from csi_driver.node.stats import NodeHealth, VolumeCounts, VolumeStatistics
 from csi_driver.node.usage_records import RecordCleanup, UsageRecords
+from csi_driver.reporting import SILENT, Reporter
 from csi_driver.settings import NodeSettings
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,11 @@ def assemble(
     settings: NodeSettings,
     records: UsageRecords | None = None,
     zone: NodeZone | None = None,
+    reporter: Reporter = SILENT,
 ) -> NodeUseCases:
     """Build the use cases. `records` and `zone` default to those of the settings."""
     records, heavy = records or UsageRecords(settings.state_directory), HeavyOperations(settings.heavy_operations)
-    ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts)
+    ownership = Ownership(devices=devices, encryption=encryption, mounts=mounts, reporter=reporter)
     preparation = Preparation(devices=devices, mounts=mounts, filesystems=filesystems, records=records, heavy=heavy)
     encrypted = EncryptedVolumes(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems,
                                  records=records, heavy=heavy, preparation=preparation)  # fmt: skip
@@ -67,20 +69,20 @@ def assemble(
     return NodeUseCases(
         stage=Stage(devices=devices, read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems,
                     paths=paths, probes=probes, ownership=ownership, preparation=preparation, encrypted=encrypted,
-                    shared_readers=readers, settings=settings),
+                    shared_readers=readers, settings=settings, reporter=reporter),
         publish=Publish(devices=devices, read_only_devices=read_only_devices, mounts=mounts, paths=paths,
                         probes=probes, records=records, ownership=ownership, preparation=preparation,
-                        encrypted=encrypted, shared_readers=readers),
+                        encrypted=encrypted, shared_readers=readers, reporter=reporter),
         expand=Expand(read_only_devices=read_only_devices, mounts=mounts, filesystems=filesystems, paths=paths,
                       probes=probes, heavy=heavy, ownership=ownership, preparation=preparation, encrypted=encrypted,
-                      settings=settings),
+                      settings=settings, reporter=reporter),
         statistics=VolumeStatistics(devices=devices, mounts=mounts, filesystems=filesystems, paths=paths,
                                     probes=probes, ownership=ownership, settings=settings),
         identity=NodeIdentity(devices=devices, tools=tools, records=records, settings=settings,
                               zone=zone or NodeZone(given=settings.zone, topology_key=settings.topology_key,
                                                     node_name=settings.node_name)),
         reconcile=Reconcile(read_only_devices=read_only_devices, mounts=mounts, paths=paths, encrypted=encrypted,
-                            ownership=ownership, driver_name=settings.driver_name),
+                            ownership=ownership, driver_name=settings.driver_name, reporter=reporter),
         health=NodeHealth(devices=devices, encryption=encryption, mounts=mounts, filesystems=filesystems, paths=paths,
                           probes=probes, tools=tools, ownership=ownership, settings=settings),
         volume_counts=VolumeCounts(mounts=mounts, read_only_devices=read_only_devices, ownership=ownership,

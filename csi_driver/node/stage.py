@@ -16,6 +16,7 @@ from pathlib import Path
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
+    ContentRefused,
     DriverError,
     ExistsDifferently,
     HostFailure,
@@ -37,6 +38,7 @@ from csi_driver.parameters.encryption import EncryptionPlan, encrypted_by, passp
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
 from csi_driver.publish_context import Encryption
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 from csi_driver.settings import NodeSettings
 from csi_driver.storage_model import LUKS_HEADER_BYTES
 
@@ -61,11 +63,22 @@ class Stage:
     encrypted: EncryptedVolumes
     shared_readers: SharedReaders
     settings: NodeSettings
+    reporter: Reporter = SILENT
     _checked_propagation: bool = field(default=False, init=False)
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
         """Stage the volume. Raises `PreconditionFailed`, `ExistsDifferently`, `DeadlineReached`."""
         volume = NodeVolume.of_request(request.volume_id, request.publish_context)
+        try:
+            self._stage(request, volume, deadline)
+        except ContentRefused as refusal:
+            self._report(volume, EventReason.CONTENT_REFUSED, refusal)
+            raise
+
+    def _report(self, volume: NodeVolume, reason: EventReason, note: object) -> None:
+        self.reporter.report(Subject(volume.context.claim, volume_id=volume.volume_id), reason, str(note))
+
+    def _stage(self, request: StageRequest, volume: NodeVolume, deadline: Deadline) -> None:
         path = self.paths.check(request.staging_target_path, STAGING_PATH)
         in_time = deadline.earlier(self.settings.answer_margin_s)
         by = encrypted_by(volume.given_context, request.volume_context)
@@ -92,13 +105,20 @@ class Stage:
         if volume is None:
             return
         self.encrypted.resume(volume)
-        self.ownership.unmount(path, volume)
+        try:
+            self.ownership.unmount(path, volume)
+            self._close_encryption(volume)
+        except PreconditionFailed as busy:
+            self._report(volume, EventReason.VOLUME_IN_USE, busy)
+            raise
+        self._require_closed(volume, deadline.earlier(self.settings.answer_margin_s))
+
+    def _close_encryption(self, volume: NodeVolume) -> None:
         try:
             self.encrypted.close(volume)
         except PreconditionFailed:
             if not self._is_published_raw(volume):
                 raise
-        self._require_closed(volume, deadline.earlier(self.settings.answer_margin_s))
 
     def is_staged(self, volume_id: str, staging_target_path: str) -> bool:
         """Return whether a filesystem of the volume is mounted there, also a dead one."""
@@ -122,7 +142,9 @@ class Stage:
             state = "without I/O, and it is not known whether it is closed; retry when I/O is back"
         else:
             state = "still open: the kernel is writing back data, or a program uses it; end that program, and retry"
-        raise StorageUnavailable(f"volume {volume} is unmounted, but its device {device.path} is {state}")
+        problem = f"volume {volume} is unmounted, but its device {device.path} is {state}"
+        self._report(volume, EventReason.VOLUME_IN_USE, problem)
+        raise StorageUnavailable(problem)
 
     def _is_mounted(self, volume: NodeVolume, device: Device) -> bool:
         used = (device, self.encrypted.opened_over(volume, device))
@@ -260,6 +282,7 @@ class Stage:
             if self.preparation.is_too_small(device, mounted.fs_type):
                 self.filesystems.grow_mounted(path, device, mounted.fs_type)
         except (PreconditionFailed, HostFailure) as problem:
+            self._report(volume, EventReason.GROWS_AT_NEXT_MOUNT, problem)
             logger.warning("volume %s is staged and stays smaller than its device: %s", volume, problem)
 
     def _set_root_mode(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small API server over HTTPS: objects by path, GET, and PATCH of RFC 7386 and RFC 6902."""
+"""A small API server over HTTPS: objects by path, GET, POST, and PATCH of RFC 7386 and RFC 6902."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -42,6 +43,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve(lambda found: found)
 
+    def do_POST(self) -> None:
+        made = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        path = f"{self.path}/{made['metadata']['name']}"
+        if problems := why_invalid(made):
+            self._answer(422, {"message": "; ".join(problems)})
+            return
+        if self._admitted(f"POST {self.path}"):
+            self.cluster.objects[path] = made
+            self._answer(201, made)
+
     def do_PATCH(self) -> None:
         change = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         kind = self.headers["Content-Type"]
@@ -53,7 +64,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, work: Callable[[Document], Document]) -> None:
         path = self.path.partition("?")[0]
-        asked = f"{self.command} {path}"
+        if not self._admitted(f"{self.command} {path}"):
+            return
+        if path not in self.cluster.objects:
+            self._answer(404, {"message": "nodes not found"})
+            return
+        try:
+            self.cluster.objects[path] = work(self.cluster.objects[path])
+        except _TestFailed as failed:
+            self._answer(422, {"message": f"the server rejected our request: {failed}"})
+        else:
+            self._answer(200, self.cluster.objects[path])
+
+    def _admitted(self, asked: str) -> bool:
+        """Count a request, and answer it where it gets no further."""
         self.cluster.requests.append(asked)
         if self.cluster.faults:
             self._fail(self.cluster.faults.pop(0))
@@ -61,15 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, {"message": "Unauthorized"})
         elif asked.startswith(self.cluster.forbidden):
             self._answer(403, {"message": f"cannot {asked}"})
-        elif path not in self.cluster.objects:
-            self._answer(404, {"message": "nodes not found"})
         else:
-            try:
-                self.cluster.objects[path] = work(self.cluster.objects[path])
-            except _TestFailed as failed:
-                self._answer(422, {"message": f"the server rejected our request: {failed}"})
-            else:
-                self._answer(200, self.cluster.objects[path])
+            return True
+        return False
 
     def _fail(self, fault: str) -> None:
         if fault == "hang":
@@ -92,6 +110,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _TestFailed(Exception):
     pass
+
+
+_MICRO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+_EVENT_TEXTS = {"reportingController": 253, "reportingInstance": 128, "action": 128, "reason": 128, "note": 1024}
+
+
+def why_invalid(event: Document) -> list[str]:
+    """Return what the API server refuses in an event (pkg/apis/core/validation/events.go); empty for another object."""
+    if event.get("kind") != "Event":
+        return []
+    regarding = event["regarding"]
+    problems = [] if _MICRO_TIME.fullmatch(event["eventTime"]) else ["eventTime"]
+    problems += [key for key, most in _EVENT_TEXTS.items() if not 0 < len(event[key].encode()) <= most]
+    problems += [] if event["type"] in ("Normal", "Warning") else ["type"]
+    expected = regarding.get("namespace", "default")
+    return problems + ([] if event["metadata"]["namespace"] == expected else ["regarding.namespace"])
 
 
 def _merged(found: Any, change: Any) -> Any:
