@@ -149,13 +149,15 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.telemetry.metrics import process
     from csi_driver.telemetry.pages import serving
 
+    own = process(role="storage", driver_name=command.driver_name, version=driver_version())
+
     def pages(server: StorageServer) -> AbstractContextManager[object]:
         return serving(
             command.http,
             healthy={"api": server.why_silent},
             # Not the background threads: a Service has no address of a pod that is not ready.
             ready={"api": server.why_silent, "pool": server.why_unusable},
-            measurements=[*process(role="storage", driver_name="", version=driver_version()), *server.measurements()],
+            measurements=[*own, *server.measurements()],
         )
 
     headers = LuksFiles()

@@ -12,13 +12,14 @@ from csi_driver.embedded.settings import StorageSettings
 from csi_driver.flags import section
 from csi_driver.local.doctor import Target
 from csi_driver.local.settings import DemoSettings, LocalSettings
-from csi_driver.settings import HTTP_LISTEN, HttpSettings
+from csi_driver.settings import DRIVER_NAME, HTTP_LISTEN, HttpSettings
 from csi_driver.telemetry.log import LogSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageCommand(Command):
     storage: StorageSettings = section(StorageSettings)
+    driver_name: str = DRIVER_NAME.field()
     http: HttpSettings | None = HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
 

@@ -216,6 +216,7 @@ class StorageServer:
             "promised": self.allocator.totals.allocated * BLOCK_SIZE,
             "shared": self.allocator.totals.shared * BLOCK_SIZE,
             "available": self.pool.free_bytes(),
+            "allocatable": self.allocator.available_blocks() * BLOCK_SIZE,
         }
 
     def _attachments(self) -> int:

@@ -225,7 +225,7 @@ class Supervisor:
 
 def role_argv(role: Role, settings: LocalSettings, paths: Paths, port: int, listener: int) -> list[str]:
     node_name = settings.node_name or socket.gethostname()
-    argv = [*settings.program, role.value, "--log-level", settings.log_level]
+    argv = [*settings.program, role.value, "--log-level", settings.log_level, "--driver-name", settings.driver_name]
     if role is Role.STORAGE:
         argv += ["--pool", str(paths.pool), "--listen", f"fd:{listener}"]
         argv += [] if settings.size_bytes is None else ["--size", str(settings.size_bytes)]
@@ -233,7 +233,7 @@ def role_argv(role: Role, settings: LocalSettings, paths: Paths, port: int, list
             argv += ["--client", f"{name}={directory}"]
         argv += ["--overcommit"] if settings.overcommit else []
         return [*argv, "--preallocate"] if settings.preallocate else argv
-    argv += ["--endpoint", f"unix://{paths.sockets[role]}", "--driver-name", settings.driver_name]
+    argv += ["--endpoint", f"unix://{paths.sockets[role]}"]
     argv += ["--max-volumes-per-node", str(settings.max_volumes_per_node)]
     argv += ["--volume-health"] if settings.volume_health else []
     if role is Role.CONTROLLER:

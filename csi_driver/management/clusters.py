@@ -172,7 +172,7 @@ def open_clusters(
     file: Path | None, defaults: ClusterDefaults, connect: Callable[[ManagementSettings], ManagementClient]
 ) -> OneCluster | FileClusters:
     if file is None:
-        return OneCluster(defaults.zone, connect(defaults.management))
+        return OneCluster(defaults.zone, connect(replace(defaults.management, zone=defaults.zone)))
     return FileClusters(file, defaults, connect)
 
 
@@ -195,7 +195,8 @@ def parse_clusters(source: Source, defaults: ClusterDefaults) -> ClustersFile:
                     f"zone {zone}: password: not accepted in this file; write it to a file of its own and set"
                     " passwordFile"
                 )
-        zones[zone] = _zone_settings(MappingReader(f"zone {zone}", entry, findings), defaults.management)
+        own = replace(defaults.management, zone=zone)
+        zones[zone] = _zone_settings(MappingReader(f"zone {zone}", entry, findings), own)
     findings.problems += _shared_servers(zones)
     reader = MappingReader("the clusters file", document, findings)
     for key, flag in _FLAGS.items():

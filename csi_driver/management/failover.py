@@ -185,18 +185,17 @@ class Server:
     """One management server: our session there, its circuit breaker and its metrics. Thread-safe."""
 
     def __init__(self, url: str, settings: ManagementSettings, clock: Clock, metrics: ManagementMetrics) -> None:
-        self.session = ServerSession(url, settings, metrics)
-        self.url = self.session.url
+        self.url = url.rstrip("/")
+        self._metrics = metrics.begin(settings.zone, self.url)
+        self.session = ServerSession(self.url, settings, self._metrics)
         self.breaker = CircuitBreaker(self.url, settings.max_requests_in_flight, clock)
         self._clock = clock
-        self._metrics = metrics
         self._is_closed = False
-        metrics.begin(self.url)
 
     def close(self) -> None:
         """Close the idle connections. The session on the server expires by itself."""
         if not self._is_closed:
-            self._metrics.end(self.url)
+            self._metrics.end()
         self._is_closed = True
         self.session.close()
 
@@ -218,20 +217,20 @@ class Server:
                 self._succeeded()  # a server that refuses a login works
                 raise
             finally:
-                self._metrics.asked(self.url, outcome, self._clock.monotonic() - began_s)
+                self._metrics.asked(outcome, self._clock.monotonic() - began_s)
             self._succeeded()
             return response
 
     def _failed(self, error: ServerUnreachable | OutcomeUnknown, took_s: float) -> None:
-        self._metrics.works(self.url, False)
+        self._metrics.works(False)
         if self.breaker.failed(took_s, timed_out=error.timed_out):
-            self._metrics.failures.labels(self.url).inc()
+            self._metrics.failed()
             _LOG.warning(
                 "management server %s failed, requests go to other servers until a probe succeeds: %s", self.url, error
             )
 
     def _succeeded(self) -> None:
-        self._metrics.works(self.url, True)
+        self._metrics.works(True)
         if self.breaker.succeeded():
             _LOG.info("management server %s works again", self.url)
 

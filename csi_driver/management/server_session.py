@@ -19,7 +19,7 @@ from csi_driver.management.failures import LOGIN_REQUIRED, PASSWORD_CHANGE_REQUI
 from csi_driver.management.settings import Credentials, ManagementSettings, read_credentials
 from csi_driver.management.transport import Request, Response, Transport
 from csi_driver.model import is_uuid
-from csi_driver.telemetry.metrics import ManagementMetrics
+from csi_driver.telemetry.metrics import ServerMetrics
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _check_version(value: object, server: str, *, allow_incompatible: bool) -> t
 class ServerSession:
     """A session on one management server. Thread-safe."""
 
-    def __init__(self, url: str, settings: ManagementSettings, metrics: ManagementMetrics) -> None:
+    def __init__(self, url: str, settings: ManagementSettings, metrics: ServerMetrics) -> None:
         self._settings = settings
         self._metrics = metrics
         self._transport = Transport(url, settings)
@@ -240,7 +240,7 @@ class ServerSession:
                 f"{response.status} {'with' if response.cookie else 'without'} one; check the address"
             )
         self._credentials = credentials
-        self._metrics.logins.labels(self.url).inc()
+        self._metrics.logged_in()
         return response.cookie
 
     def _credentials_changed(self) -> bool:

@@ -21,6 +21,7 @@ from csi_driver.flags import (
     read_text,
     repeatable,
 )
+from csi_driver.model import DEFAULT_ZONE
 from csi_driver.settings import DRIVER_NAME
 
 _DEFAULT_USER = "admin@nvidia.com"
@@ -65,6 +66,8 @@ class ManagementSettings:
     )
     password: str = field(default="", repr=False)
     """Only from the configuration of an older driver."""
+    zone: str = DEFAULT_ZONE
+    """Name of the storage cluster, for the metrics."""
     ca_file: Path | None = flag(
         None,
         "--management-ca-file",

@@ -28,7 +28,7 @@ Sample = tuple[tuple[str, ...], float]
 """Values of the labels, and the value."""
 
 _CALL = ("service", "method")
-_SERVER = ("server",)
+_SERVER = ("zone", "server")
 _CALL_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _REQUEST_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -162,15 +162,45 @@ def registration(is_registered: Callable[[], bool], results: Callable[[], Mappin
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class ServerMetrics:
+    """Metrics of one management server, for one client of it."""
+
+    of_all: ManagementMetrics
+    labels: tuple[str, str]
+
+    def asked(self, outcome: str, took_s: float) -> None:
+        self.of_all.requests.labels(*self.labels, outcome).inc()
+        self.of_all.durations.labels(*self.labels).observe(took_s)
+
+    def logged_in(self) -> None:
+        self.of_all.logins.labels(*self.labels).inc()
+
+    def failed(self) -> None:
+        self.of_all.failures.labels(*self.labels).inc()
+
+    def works(self, does: bool) -> None:
+        """Record whether the server worked; ignored for one that has no client any more."""
+        with self.of_all.lock:
+            if self.labels in self.of_all.up:
+                self.of_all.up[self.labels] = does
+
+    def end(self) -> None:
+        with self.of_all.lock:
+            self.of_all.clients[self.labels] -= 1
+            if not self.of_all.clients[self.labels]:
+                del self.of_all.clients[self.labels], self.of_all.up[self.labels]
+
+
 class ManagementMetrics:
-    """Metrics of a management client's servers. The label is a server's URL, without credentials."""
+    """Metrics of the management servers of all zones. `server` is a URL, without credentials."""
 
     def __init__(self) -> None:
         self.requests = Counter(
             "nvmesh_csi_management_requests_total",
             "Requests to management servers: answered, refused (login or version), unreachable (not executed),"
             " unknown (perhaps executed), failed (no time left, or unreadable credentials).",
-            ("server", "outcome"),
+            (*_SERVER, "outcome"),
             registry=None,
         )
         self.durations = Histogram(
@@ -189,44 +219,31 @@ class ManagementMetrics:
             _SERVER,
             registry=None,
         )
-        self._up: dict[str, bool] = {}
-        self._clients: dict[str, int] = {}
+        self.up: dict[tuple[str, str], bool] = {}
+        self.clients: dict[tuple[str, str], int] = {}
         """Clients of each server: two for a moment while credentials change."""
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
-    def asked(self, server: str, outcome: str, took_s: float) -> None:
-        self.requests.labels(server, outcome).inc()
-        self.durations.labels(server).observe(took_s)
-
-    def begin(self, server: str) -> None:
+    def begin(self, zone: str, server: str) -> ServerMetrics:
         """Add a client of this server, which counts as working until a request fails."""
-        with self._lock:
-            self._clients[server] = self._clients.get(server, 0) + 1
-            self._up.setdefault(server, True)
+        labels = zone, server
+        with self.lock:
+            self.clients[labels] = self.clients.get(labels, 0) + 1
+            self.up.setdefault(labels, True)
         for counter in (self.logins, self.failures):
-            counter.labels(server)  # makes a series with the value 0
+            counter.labels(*labels)  # makes a series with the value 0
+        return ServerMetrics(self, labels)
 
-    def works(self, server: str, does: bool) -> None:
-        """Record whether a server worked; ignored for one that has no client any more."""
-        with self._lock:
-            if server in self._up:
-                self._up[server] = does
-
-    def end(self, server: str) -> None:
-        with self._lock:
-            self._clients[server] -= 1
-            if not self._clients[server]:
-                del self._clients[server], self._up[server]
-
-    def _states(self) -> dict[str, float]:
-        with self._lock:
-            return {server: int(works) for server, works in self._up.items()}
+    def _states(self) -> list[Sample]:
+        with self.lock:
+            return [(labels, int(works)) for labels, works in sorted(self.up.items())]
 
     def measurements(self) -> list[Metric]:
         up = Reading(
             "nvmesh_csi_management_server_up",
             "1: the management server worked when it was last used.",
-            *_by("server", self._states),
+            _SERVER,
+            self._states,
         )
         return [self.requests, self.durations, self.logins, self.failures, up]
 
@@ -238,7 +255,7 @@ def storage(
         Reading(
             "nvmesh_csi_storage_pool_bytes",
             "The pool: capacity, promised (to volumes), shared (kept free for writes to blocks that snapshots share),"
-            " available (in its filesystem).",
+            " available (in its filesystem), allocatable (to new volumes).",
             *_by("state", pool),
         ),
         _gauge("nvmesh_csi_storage_volumes", "Volumes in the pool.", volumes),

@@ -58,6 +58,7 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "storage": {
         **_LOG,
+        "--driver-name": "driverName",
         "--pool": "storage.poolDirectory",
         "--size": "storage.size",
         "--node-name": "the chart's own",

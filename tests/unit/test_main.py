@@ -241,9 +241,10 @@ def test_a_controller_without_management_is_healthy(tmp_path: Path) -> None:
         assert status == 503
         assert re.search(r"(?m)^management: .*127\.0\.0\.1:1", text)
         samples = documented_samples(port, "controller")
-        assert samples['nvmesh_csi_management_server_up{server="http://127.0.0.1:1"}'] == 0
-        assert samples['nvmesh_csi_management_server_failures_total{server="http://127.0.0.1:1"}'] == 1
-        assert samples['nvmesh_csi_management_requests_total{outcome="unreachable",server="http://127.0.0.1:1"}'] >= 1
+        server = 'server="http://127.0.0.1:1",zone="single-zone-cluster"'
+        assert samples[f"nvmesh_csi_management_server_up{{{server}}}"] == 0
+        assert samples[f"nvmesh_csi_management_server_failures_total{{{server}}}"] == 1
+        assert samples[f'nvmesh_csi_management_requests_total{{outcome="unreachable",{server}}}'] >= 1
 
     watched(controller_argv(tmp_path), look)
 
@@ -253,10 +254,14 @@ def test_a_storage_manager_serves_health_pages(tmp_path: Path) -> None:
         assert page(port, "/healthz") == (200, "api: ok\n")
         # No background thread: failing work on one volume must not remove the manager from its Service.
         assert page(port, "/readyz") == (200, "api: ok\npool: ok\n")
-        assert documented_samples(port, "storage")['nvmesh_csi_storage_pool_bytes{state="promised"}'] == 0
+        samples = documented_samples(port, "storage")
+        pool = [samples[f'nvmesh_csi_storage_pool_bytes{{state="{state}"}}'] for state in ("capacity", "allocatable")]
+        assert pool == [64 << 20, 64 << 20]
+        assert any('driver_name="fast.example.com"' in name for name in samples)
 
     argv = [
-        "storage", "--pool", str(tmp_path / "pool"), "--listen", "127.0.0.1:0",
+        "storage", "--driver-name", "fast.example.com", "--size", "64MiB",
+        "--pool", str(tmp_path / "pool"), "--listen", "127.0.0.1:0",
         "--device-directory", str(tmp_path / "dev"), "--status-directory", str(tmp_path / "proc"), "--reserve", "0",
     ]  # fmt: skip
     watched(argv, look)

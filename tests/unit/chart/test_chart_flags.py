@@ -189,6 +189,7 @@ CASES: Mapping[str, Sequence[Case]] = {
         ),
     ),
     "storage": (
+        Case((*EMBEDDED, "driverName=fast.example.com"), {"--driver-name": ["fast.example.com"]}),
         Case((*EMBEDDED, "logLevel=debug", "logFormat=json"), {"--log-level": ["debug"], "--log-format": ["json"]}),
         Case((*EMBEDDED, "storage.poolDirectory=/p", "storage.size=3GiB"), {"--pool": ["/p"], "--size": ["3GiB"]}),
         Case((*EMBEDDED, "storage.deviceDirectory=/d"), {"--device-directory": ["/d"]}),

@@ -14,16 +14,43 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric, Reading
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Refused, helm, render
+from tests.documents import anchors
+from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, ROOT, SNAPSHOTS, Manifest, Refused, helm, render
 
 with_helm = pytest.mark.skipif(helm() is None, reason="needs helm: make helm")
 tool = pytest.mark.tool
 
 ALERTS = CHART / "monitoring" / "alerts.yaml"
 DASHBOARD = CHART / "monitoring" / "dashboard.json"
+RUNBOOKS = ROOT / "docs" / "alerts.md"
 SCRAPED = {"driver", "component", "node", "namespace", "pod", "container", "instance", "job"}
 """Labels that scraping adds: Prometheus Operator's own, and those of the chart's PodMonitor."""
-NAME = re.compile(r"\b(?:nvmesh_csi|process)_[a-z_]+\b|\bup\b")
+_OF_CSI = {"driver_name", "method_name", "grpc_status_code", "le"}
+_OF_CLAIM = {"namespace", "persistentvolumeclaim"}
+_OF_DAEMON_SET = {"namespace", "daemonset"}
+FOREIGN: dict[str, set[str]] = {
+    "up": set(),
+    # Sidecars (kubernetes-csi/csi-lib-utils, metrics/metrics.go) and kubelet (pkg/volume/csi/csi_metrics.go and
+    # pkg/volume/util/metrics.go), as the cluster of the tests shows them.
+    "csi_sidecar_operations_seconds_bucket": _OF_CSI,
+    "csi_sidecar_operations_seconds_count": _OF_CSI,
+    "csi_operations_seconds_bucket": {*_OF_CSI, "migrated"},
+    "csi_operations_seconds_count": {*_OF_CSI, "migrated"},
+    "storage_operation_duration_seconds_bucket": {"operation_name", "status", "volume_plugin", "migrated", "le"},
+    "storage_operation_duration_seconds_count": {"operation_name", "status", "volume_plugin", "migrated"},
+    "kubelet_volume_stats_available_bytes": _OF_CLAIM,
+    "kubelet_volume_stats_capacity_bytes": _OF_CLAIM,
+    "kubelet_volume_stats_inodes": _OF_CLAIM,
+    "kubelet_volume_stats_inodes_free": _OF_CLAIM,
+    # kube-state-metrics, docs/metrics of that project.
+    "kube_daemonset_status_desired_number_scheduled": _OF_DAEMON_SET,
+    "kube_daemonset_status_number_available": _OF_DAEMON_SET,
+    "kube_daemonset_status_updated_number_scheduled": _OF_DAEMON_SET,
+    "kube_persistentvolume_info": {"persistentvolume", "csi_driver"},
+    "kube_persistentvolumeclaim_info": {*_OF_CLAIM, "volumename"},
+}
+"""Labels of the metrics of other programs, by name."""
+NAME = re.compile(r"\b(?:nvmesh_csi|process|csi|storage|kubelet|kube)_[a-z_]+\b(?!=)|\bup\b")
 SELECTOR = re.compile(r"\b([a-z_]+)\{([^}]*)\}")
 
 
@@ -32,6 +59,7 @@ def every_metric() -> Iterator[Metric]:
     yield metrics.rpc_durations()
     yield from metrics.running_calls(dict)
     yield from metrics.ManagementMetrics().measurements()
+    yield from metrics.background(())
     yield from metrics.node(dict, lambda: (0, 0), 4)
     yield from metrics.registration(lambda: True, dict)
     yield from metrics.storage(dict, lambda: 0, lambda: 0)
@@ -57,8 +85,8 @@ def own() -> dict[str, set[str]]:
 
 def series() -> dict[str, set[str]]:
     """Return the labels of every series by its name, as it is written for Prometheus."""
-    found: dict[str, set[str]] = {"up": set(), **own()}
-    for name in [name for name in found if name.endswith("_duration_seconds")]:
+    found: dict[str, set[str]] = {**FOREIGN, **own()}
+    for name in [name for name in own() if name.endswith("_duration_seconds")]:
         labels = found.pop(name)
         found |= {f"{name}_bucket": labels | {"le"}, f"{name}_sum": labels, f"{name}_count": labels}
     return found
@@ -123,17 +151,30 @@ def test_every_metric_of_the_drivers_own_is_watched_or_shown() -> None:
 
 
 def test_every_expression_is_about_one_driver() -> None:
-    by_alert = [rule["expr"].count('driver="nvmesh-csi.excelero.com"') for rule in rules()]
-    assert by_alert == [len(NAME.findall(rule["expr"])) for rule in rules()]
-    assert [target["expr"].count('driver="$driver"') for target in targets()] == [
-        len(NAME.findall(target["expr"])) for target in targets()
-    ]
+    chosen = [(rule["expr"], "nvmesh-csi.excelero.com") for rule in rules()]
+    chosen += [(target["expr"], "$driver") for target in targets()]
+    for expression, driver in chosen:
+        names = NAME.findall(expression)
+        of_driver = re.findall(rf'(?:driver|driver_name|volume_plugin)="[^"]*{re.escape(driver)}"', expression)
+        of_release = expression.count('daemonset="nvmesh-csi-node"')
+        joined = [name for name in names if name.startswith(("kubelet_volume_stats", "kube_persistentvolumeclaim"))]
+        assert len(of_driver) + of_release + len(joined) == len(names), expression
+        assert of_driver or of_release, expression
 
 
-def test_every_alert_says_how_grave_it_is_and_what_it_means() -> None:
+def test_every_alert_says_how_grave_it_is_what_it_means_and_what_to_do() -> None:
     for rule in rules():
         assert rule["labels"]["severity"] in ("critical", "warning", "info")
-        assert {"summary", "description"} == set(rule["annotations"])
+        assert set(rule["annotations"]) == {"summary", "description", "action", "runbook_url"}
+
+
+def test_every_alert_leads_to_its_own_section_of_the_document() -> None:
+    named = [rule["annotations"]["runbook_url"] for rule in rules()]
+    assert named == [f"docs/alerts.md#{rule['alert'].lower()}" for rule in rules()]
+    headings = anchors(RUNBOOKS.read_text())
+    assert [url for url in named if url.partition("#")[2] not in headings] == []
+    sections = set(re.findall(r"(?m)^### (\w+)$", RUNBOOKS.read_text()))
+    assert sections == {rule["alert"] for rule in rules()}
 
 
 def test_no_two_panels_lie_on_one_another() -> None:
@@ -206,6 +247,47 @@ def test_the_dashboard_comes_out_as_it_stands() -> None:
 
 @tool
 @with_helm
+def test_alerts_name_the_objects_of_their_release_and_the_place_of_the_runbook() -> None:
+    alerts = {"enabled": True, "runbook": "https://wiki.example.com/alerts"}
+    (made,) = render(*NVMESH, values={"monitoring": {"alerts": alerts}}, release="fast", namespace="stores").of(
+        "PrometheusRule"
+    )
+    by_name = {rule["alert"]: rule for rule in made["spec"]["groups"][0]["rules"]}
+    expression = by_name["NvmeshCsiNodesIncomplete"]["expr"]
+    assert re.findall(r'namespace="(.*?)", daemonset="(.*?)"', expression) == [("stores", "fast-nvmesh-csi-node")] * 3
+    urls = {rule["annotations"]["runbook_url"].partition("#")[0] for rule in by_name.values()}
+    assert urls == {"https://wiki.example.com/alerts"}
+
+
+@tool
+@with_helm
+def test_a_service_monitor_scrapes_what_a_pod_monitor_scrapes() -> None:
+    pods = render(*EMBEDDED, SNAPSHOTS, "monitoring.podMonitor.enabled=true").of("PodMonitor")[0]
+    made = render(*EMBEDDED, SNAPSHOTS, "monitoring.serviceMonitor.enabled=true")
+    services, service = made.of("ServiceMonitor")[0], made.one("Service", "-metrics")
+    # The label `service` of a target would rename that of the driver's own metrics.
+    drop = {"action": "labeldrop", "regex": "service"}
+    expected = [{**each, "relabelings": [*each["relabelings"], drop]} for each in pods["spec"]["podMetricsEndpoints"]]
+    assert services["spec"]["endpoints"] == expected
+    wanted = services["spec"]["selector"]["matchLabels"].items()
+    assert [each for each in made.of("Service") if wanted <= each["metadata"]["labels"].items()] == [service]
+    assert service["spec"]["selector"] == pods["spec"]["selector"]["matchLabels"]
+    ports = service["spec"]["ports"]
+    assert [(port["name"], port["targetPort"]) for port in ports] == [(each["port"],) * 2 for each in expected]
+    assert len({port["port"] for port in ports}) == len(ports)
+    # An unready controller's metrics say that the management is away.
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+
+
+@tool
+@with_helm
+def test_two_monitors_of_the_same_series_are_refused() -> None:
+    with pytest.raises(Refused, match="set only one"):
+        render(*NVMESH, *ON, "monitoring.serviceMonitor.enabled=true")
+
+
+@tool
+@with_helm
 @pytest.mark.parametrize("engine", [NVMESH, (*EMBEDDED, SNAPSHOTS)], ids=["nvmesh", "embedded, snapshots"])
 def test_every_port_that_serves_metrics_is_scraped_with_the_labels_of_the_alerts(engine: tuple[str, ...]) -> None:
     rendered = render(*engine, *ON, "monitoring.podMonitor.labels.release=prom")
@@ -232,6 +314,7 @@ def test_every_port_that_serves_metrics_is_scraped_with_the_labels_of_the_alerts
 @tool
 @with_helm
 def test_metrics_that_nobody_can_reach_are_refused() -> None:
-    with pytest.raises(Refused, match=r"node\.http\.host"):
-        render(*NVMESH, *ON, "node.hostNetwork=true")
+    for kind in ("podMonitor", "serviceMonitor"):
+        with pytest.raises(Refused, match=rf"{kind}\.enabled is true.*node\.http\.host"):
+            render(*NVMESH, f"monitoring.{kind}.enabled=true", "node.hostNetwork=true")
     assert render(*NVMESH, *ON, "node.hostNetwork=true", "node.http.host=0.0.0.0").of("PodMonitor") != []

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from csi_driver.errors import InvalidRequest
 from csi_driver.management.client import ManagementClient
-from csi_driver.management.clusters import FileClusters
+from csi_driver.management.clusters import FileClusters, open_clusters
 from csi_driver.management.settings import ClusterDefaults, ManagementSettings
+from csi_driver.telemetry.metrics import ManagementMetrics
 from csi_driver.yaml_document import InvalidDocument
 from tests.fakes.management import FakeClock
 
@@ -54,6 +57,17 @@ def test_each_zone_of_the_file_has_a_client_and_no_other_zone(tmp_path: Path) ->
     assert described.clusters.zones() == ("a", "b")
     assert described.client("a") is not described.client("b")
     assert described.clusters.management("c") is None
+
+
+def test_servers_are_measured_under_the_name_of_their_zone(tmp_path: Path) -> None:
+    (file := tmp_path / "clusters.yaml").write_text(TWO)
+    one = ClusterDefaults(replace(DEFAULTS.management, servers=("https://m:4000",)), "north")
+    metrics = ManagementMetrics()
+    connect = partial(ManagementClient, metrics=metrics)
+    clusters = [open_clusters(file, DEFAULTS, connect), open_clusters(None, one, connect)]
+    assert sorted(metrics.up) == [("a", "https://m1:4000"), ("b", "https://m2:4000"), ("north", "https://m:4000")]
+    for each in clusters:
+        each.close()
 
 
 def test_an_invalid_file_fails_the_start(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_json_is_read_like_yaml() -> None:
 def test_a_zone_uses_the_command_line_for_absent_keys() -> None:
     defaults = replace(USER, management=replace(USER.management, ca_file=Path("/ca.pem"), request_timeout_s=3))
     settings = one(parse_clusters("zones: {a: {servers: m}}", defaults))
-    assert settings == replace(defaults.management, servers=("https://m:4000",))
+    assert settings == replace(defaults.management, servers=("https://m:4000",), zone="a")
 
 
 def test_a_zone_with_a_certificate_takes_no_user_from_the_command_line() -> None:

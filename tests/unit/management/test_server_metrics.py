@@ -39,29 +39,29 @@ def value(metrics: ManagementMetrics, sample: str) -> float:
 def test_requests_logins_and_durations_are_measured(
     server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
 ) -> None:
-    client = connect(server.url, metrics=metrics)
+    client = connect(server.url, metrics=metrics, zone="east")
     for _ in range(3):
         client.system_info(deadline=deadline)
-    assert value(metrics, f'requests_total{{outcome="answered",server="{server.url}"}}') == 3
-    assert value(metrics, f'request_duration_seconds_count{{server="{server.url}"}}') == 3
-    assert value(metrics, f'logins_total{{server="{server.url}"}}') == 1
-    assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
-    assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 0
+    assert value(metrics, f'requests_total{{outcome="answered",server="{server.url}",zone="east"}}') == 3
+    assert value(metrics, f'request_duration_seconds_count{{server="{server.url}",zone="east"}}') == 3
+    assert value(metrics, f'logins_total{{server="{server.url}",zone="east"}}') == 1
+    assert value(metrics, f'server_up{{server="{server.url}",zone="east"}}') == 1
+    assert value(metrics, f'server_failures_total{{server="{server.url}",zone="east"}}') == 0
 
 
 def test_a_failed_server_is_down_and_the_other_is_used(
     server: ManagementDouble, other_server: ManagementDouble, connect: Connect, deadline: Deadline,
     metrics: ManagementMetrics,
 ) -> None:  # fmt: skip
-    client = connect(server.url, other_server.url, metrics=metrics)
+    client = connect(server.url, other_server.url, metrics=metrics, zone="east")
     client.system_info(deadline=deadline)
     server.on("GET", INFO, Breaks())
     for _ in range(3):
         client.system_info(deadline=deadline)
-    assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 1
-    assert value(metrics, f'server_up{{server="{server.url}"}}') == 0
-    assert value(metrics, f'server_up{{server="{other_server.url}"}}') == 1
-    assert value(metrics, f'requests_total{{outcome="answered",server="{other_server.url}"}}') == 3
+    assert value(metrics, f'server_failures_total{{server="{server.url}",zone="east"}}') == 1
+    assert value(metrics, f'server_up{{server="{server.url}",zone="east"}}') == 0
+    assert value(metrics, f'server_up{{server="{other_server.url}",zone="east"}}') == 1
+    assert value(metrics, f'requests_total{{outcome="answered",server="{other_server.url}",zone="east"}}') == 3
 
 
 def test_refused_credentials_are_not_a_server_failure_and_not_shown(
@@ -69,17 +69,17 @@ def test_refused_credentials_are_not_a_server_failure_and_not_shown(
 ) -> None:
     server.password = "another"
     with pytest.raises(DriverError):
-        connect(server.url, metrics=metrics).system_info(deadline=deadline)
-    assert value(metrics, f'requests_total{{outcome="refused",server="{server.url}"}}') == 1
-    assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
+        connect(server.url, metrics=metrics, zone="east").system_info(deadline=deadline)
+    assert value(metrics, f'requests_total{{outcome="refused",server="{server.url}",zone="east"}}') == 1
+    assert value(metrics, f'server_up{{server="{server.url}",zone="east"}}') == 1
     assert PASSWORD not in exposition(metrics.measurements())
 
 
 def test_a_closed_client_removes_its_servers_from_the_metric(
     server: ManagementDouble, connect: Connect, metrics: ManagementMetrics
 ) -> None:
-    client = connect(server.url, metrics=metrics)
-    assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
+    client = connect(server.url, metrics=metrics, zone="east")
+    assert value(metrics, f'server_up{{server="{server.url}",zone="east"}}') == 1
     client.close()
     assert "server_up{" not in exposition(metrics.measurements())
 
@@ -87,11 +87,11 @@ def test_a_closed_client_removes_its_servers_from_the_metric(
 def test_a_server_keeps_its_metric_while_another_client_uses_it(
     server: ManagementDouble, connect: Connect, metrics: ManagementMetrics
 ) -> None:
-    before = connect(server.url, metrics=metrics)
-    after = connect(server.url, metrics=metrics)
+    before = connect(server.url, metrics=metrics, zone="east")
+    after = connect(server.url, metrics=metrics, zone="east")
     for _ in range(2):
         before.close()
-        assert value(metrics, f'server_up{{server="{server.url}"}}') == 1
+        assert value(metrics, f'server_up{{server="{server.url}",zone="east"}}') == 1
     after.close()
     assert "server_up{" not in exposition(metrics.measurements())
 
@@ -99,7 +99,7 @@ def test_a_server_keeps_its_metric_while_another_client_uses_it(
 def test_a_request_that_ends_after_the_close_adds_no_server_to_the_metric(
     server: ManagementDouble, connect: Connect, deadline: Deadline, metrics: ManagementMetrics
 ) -> None:
-    client = connect(server.url, metrics=metrics)
+    client = connect(server.url, metrics=metrics, zone="east")
     hung = Hangs()
     server.on("GET", INFO, hung)
     with ThreadPoolExecutor() as pool:
@@ -109,5 +109,5 @@ def test_a_request_that_ends_after_the_close_adds_no_server_to_the_metric(
         hung.until.set()
         with pytest.raises(DriverError):
             asked.result()
-    assert value(metrics, f'server_failures_total{{server="{server.url}"}}') == 1
+    assert value(metrics, f'server_failures_total{{server="{server.url}",zone="east"}}') == 1
     assert "server_up{" not in exposition(metrics.measurements())

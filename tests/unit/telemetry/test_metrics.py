@@ -54,19 +54,20 @@ def test_durations_have_buckets_sum_and_count() -> None:
 
 def test_concurrent_updates_are_counted() -> None:
     servers = ManagementMetrics()
+    server = servers.begin("z", "s")
     ready = threading.Barrier(8)
 
     def count() -> None:
         ready.wait()
         for _ in range(500):
-            servers.asked("s", "answered", 0.5)
+            server.asked("answered", 0.5)
 
     with ThreadPoolExecutor(8) as pool:
         for each in [pool.submit(count) for _ in range(8)]:
             each.result()
-    found = parsed(*servers.measurements())
-    assert found["nvmesh_csi_management_requests_total", (("outcome", "answered"), ("server", "s"))] == 4000
-    assert found["nvmesh_csi_management_request_duration_seconds_count", (("server", "s"),)] == 4000
+    found, labels = parsed(*servers.measurements()), (("server", "s"), ("zone", "z"))
+    assert found["nvmesh_csi_management_requests_total", (("outcome", "answered"), *labels)] == 4000
+    assert found["nvmesh_csi_management_request_duration_seconds_count", labels] == 4000
 
 
 def test_the_process_has_the_standard_metrics() -> None:
