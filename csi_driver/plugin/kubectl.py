@@ -120,6 +120,16 @@ class Driver:
         found = kubectl.get("pods", "--all-namespaces", "--selector", PART_OF)
         return cls(kubectl, found.documents)
 
+    def named(self, name: str) -> Driver:
+        """Return the pods of the installation that serves a driver name: another one may be in the cluster."""
+
+        def place(pod: Document) -> tuple[object, object]:
+            metadata = dig(pod, "metadata")
+            return dig(metadata, "namespace"), dig(metadata, "labels", "app.kubernetes.io/instance")
+
+        places = {place(pod) for pod in self.pods if f"--driver-name={name}" in arguments_of(pod)}
+        return Driver(self.kubectl, [pod for pod in self.pods if place(pod) in places])
+
     def of(self, component: str, node: str = "") -> Iterator[Document]:
         for pod in self.pods:
             is_one = dig(pod, "metadata", "labels", _COMPONENT) == component

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from csi_driver import driver_version
-from csi_driver.errors import DriverError
+from csi_driver.errors import DriverError, InvalidRequest
 from csi_driver.plugin import volumes
+from csi_driver.plugin.diagnoses import diagnose
 from csi_driver.plugin.kubectl import Kubectl
+from csi_driver.plugin.why import Reader, document, story
 
 OK, FOUND, UNKNOWN = 0, 1, 2
 _EXIT_STATUS = "exit status: 0 nothing is wrong, 1 something is, 2 it cannot be told or the command line is wrong"
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None, version: str = "") -> int:
     return status
 
 
+_KINDS = {"pvc": "pvc", "persistentvolumeclaim": "pvc", "pod": "pod", "po": "pod"}
 _GLOBAL = ("context", "kubeconfig")
 
 
@@ -56,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("-o", "--output", choices=("table", "wide", "json"), default="table")
     listing.add_argument("--tree", action="store_true", help="Show snapshots and copies below their volumes.")
     listing.set_defaults(run=_volumes)
+    asking = commands.add_parser("why", help="Say the first thing that is wrong with a claim or pod, and what to do.")
+    asking.add_argument("name", metavar="CLAIM|POD", help="A claim, else a pod; pod/NAME or pvc/NAME tells them apart.")
+    asking.add_argument("-n", "--namespace", default="", help="Default: that of the context.")
+    asking.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    asking.set_defaults(run=_why)
     tree = commands.add_parser("snapshots", help="Show volumes with their snapshots and copies.")
     tree.set_defaults(run=_volumes, namespace="", output="table", tree=True)
     return parser
@@ -86,6 +94,22 @@ def _volumes(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
     for problem in [*silent, *objects.gaps]:
         print(f"kubectl nvmesh: not shown: {problem}", file=sys.stderr)
     return UNKNOWN if silent or objects.gaps else OK
+
+
+def _why(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
+    kind, slash, name = arguments.name.rpartition("/")
+    if slash and kind not in _KINDS:
+        raise InvalidRequest(f"{arguments.name}: expected a claim, pvc/CLAIM or pod/POD")
+    namespace = arguments.namespace or kubectl.namespace()
+    cases = Reader(kubectl, namespace).cases(_KINDS.get(kind, ""), name)
+    found = diagnose(*cases)
+    if arguments.output == "json":
+        print(document(cases, found))
+    else:
+        lines = dict.fromkeys(line for case in cases for line in story(case))
+        print("\n".join([*lines, "", *(line for finding in found for line in finding.lines())] if found else
+                        [*lines, "", "OK       nothing is wrong"]))  # fmt: skip
+    return FOUND if any(each.is_wrong for each in found) else UNKNOWN if found else OK
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from tests.documents import ROOT, anchors, code, slug, tables, text_of
 
@@ -18,11 +19,11 @@ MESSAGES = ("message", "Kubernetes message", "log message")
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
 
 
-def advice() -> list[dict[str, object]]:
+def advice() -> list[dict[str, Any]]:
     return [entry for name in DOCUMENTS for entry in _of(name)]
 
 
-def _of(name: str) -> Iterator[dict[str, object]]:
+def _of(name: str) -> Iterator[dict[str, Any]]:
     place = ""
     for part in re.split(r"(?m)^(?=#+ )", text_of(name)):
         heading = re.match(r"#+ (.*)\n", part)
