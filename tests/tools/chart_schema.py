@@ -27,6 +27,7 @@ _CSI = {
     "--topology-key": "topologyKey",
     "--max-volumes-per-node": "maxVolumesPerNode",
     "--attach-by": "attachBy",
+    "--events": "events.enabled",
 }
 _LOG = {"--log-level": "logLevel", "--log-format": "logFormat"}
 _MANAGEMENT = {

@@ -139,6 +139,7 @@ BOTH = (
     Case((*NVMESH, "topologyKey=example.com/cluster"), {"--topology-key": ["example.com/cluster"]}),
     Case((*NVMESH, "maxVolumesPerNode=1234567"), {"--max-volumes-per-node": ["1234567"]}),
     Case((*NVMESH, "attachBy=node"), {"--attach-by": ["node"]}),
+    Case((*NVMESH, "events.enabled=true"), {"--events": ["true"]}),
     Case((*NVMESH, "logLevel=debug", "logFormat=json"), {"--log-level": ["debug"], "--log-format": ["json"]}),
 )
 # Access to the management: always for the controller, for a node only with attachBy node.

@@ -12,7 +12,7 @@ from tests.tools.manifests import DIRECTORY, NAMES, NAMESPACE, digest, manifests
 from tests.unit.chart.rendering import helm
 
 STALE = "is stale: run `make manifests`"
-CLUSTER_SCOPED = {
+CLUSTER_SCOPED = {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding",
     "Namespace", "CSIDriver", "ClusterRole", "ClusterRoleBinding", "StorageClass", "SecurityContextConstraints",
 }  # fmt: skip
 

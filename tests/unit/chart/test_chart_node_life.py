@@ -12,7 +12,9 @@ from tests.unit.chart.rendering import NVMESH, Manifest, Rendered, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
-NOTHING = ("node.preStop.enabled=false", "node.startupTaint.enabled=false", "node.nodeLabel=false")
+NOTHING = (
+    *("node.preStop.enabled=false", "node.startupTaint.enabled=false", "node.nodeLabel=false", "events.enabled=false"),
+)
 NODES, CSI_NODES, ATTACHMENTS = ("", "nodes"), ("storage.k8s.io", "csinodes"), ("storage.k8s.io", "volumeattachments")
 
 
@@ -88,3 +90,13 @@ def test_who_may_patch_nodes_is_held_to_its_own_unless_that_is_switched_off() ->
         assert condition["expression"] == f"request.userInfo.username == 'system:serviceaccount:nvmesh-csi:{account}'"
         assert rendered(patching, "node.ownObjectPolicy=false").of("ValidatingAdmissionPolicy") == []
     assert rendered("node.preStop.enabled=true").of("ValidatingAdmissionPolicy") == []
+
+
+def test_who_may_record_events_is_held_to_its_own_unless_that_is_switched_off() -> None:
+    found = rendered("events.enabled=true", "driverName=d.example.com")
+    (policy,), (binding,) = found.of("ValidatingAdmissionPolicy"), found.of("ValidatingAdmissionPolicyBinding")
+    assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+    (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
+    assert (rule["apiGroups"], rule["operations"]) == (["events.k8s.io"], ["CREATE", "UPDATE"])
+    assert policy["spec"]["failurePolicy"] == "Fail"
+    assert rendered("events.enabled=true", "node.ownObjectPolicy=false").of("ValidatingAdmissionPolicy") == []

@@ -41,7 +41,15 @@ CLUSTER: dict[str, Rights] = {
         "/events": {"create", "patch"},
         "storage.k8s.io/volumeattributesclasses": READ,
     },
-    "node": {"/nodes": {"get"}, "storage.k8s.io/volumeattachments": {"get"}},
+    "controller-events": {
+        "events.k8s.io/events": {"create", "patch"},
+        "storage.k8s.io/csidrivers/nvmesh-csi.excelero.com": {"get"},
+    },
+    "node": {
+        "/nodes": {"get"},
+        "storage.k8s.io/volumeattachments": {"get"},
+        "events.k8s.io/events": {"create", "patch"},
+    },
 }
 NAMESPACE: dict[str, Rights] = {
     "provisioner": {
@@ -74,10 +82,11 @@ OF_SNAPSHOTS: dict[str, Rights] = {
 def rights(role: Manifest) -> Rights:
     found: defaultdict[str, set[str]] = defaultdict(set)
     for rule in role["rules"]:
-        assert "resourceNames" not in rule, "a rule about one object has to be in the table as such"
+        names = [f"/{name}" for name in rule.get("resourceNames", ())] or [""]
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:
-                found[f"{group}/{resource}"] |= set(rule["verbs"])
+                for name in names:
+                    found[f"{group}/{resource}{name}"] |= set(rule["verbs"])
     return dict(found)
 
 
@@ -102,9 +111,23 @@ def test_snapshots_take_these_rights_more() -> None:
 
 
 def test_nobody_gets_a_right_for_what_is_off() -> None:
-    off = render(*NVMESH, "sidecars.provisioner.capacity.enabled=false", "attachBy=node", "node.preStop.enabled=false")
+    features = "sidecars.provisioner.capacity.enabled=false", "node.preStop.enabled=false", "events.enabled=false"
+    off = render(*NVMESH, "attachBy=node", *features)
     assert by_name(off, "ClusterRole") == {name: CLUSTER[name] for name in ("provisioner", "resizer")}
     assert by_name(off, "Role") == {"provisioner": LEAD, "resizer": LEAD}
+
+
+def test_without_events_nobody_may_record_them_and_no_role_does() -> None:
+    off = render(*NVMESH, "events.enabled=false")
+    assert not [role for role in off.of("ClusterRole") if "events.k8s.io/events" in rights(role)]
+    assert not [role for role in ("controller", "node") if "--events" in off.args(f"{role}/driver")]
+    on = render(*NVMESH)
+    assert all("--events" in on.args(f"{role}/driver") for role in ("controller", "node"))
+
+
+def test_a_node_that_may_only_record_events_gets_no_right_for_nodes() -> None:
+    found = by_name(render(*NVMESH, "node.preStop.enabled=false"), "ClusterRole")["node"]
+    assert found == {"storage.k8s.io/volumeattachments": {"get"}, "events.k8s.io/events": {"create", "patch"}}
 
 
 def test_secrets_are_read_only_where_that_is_asked_for() -> None:

@@ -39,6 +39,9 @@
 {{- if ne .root.Values.attachBy "controller" }}
 - --attach-by={{ .root.Values.attachBy }}
 {{- end }}
+{{- if .root.Values.events.enabled }}
+- --events
+{{- end }}
 {{ include "nvmesh-csi.logArgs" . }}
 {{- end -}}
 

@@ -106,16 +106,34 @@ subjects:
 - {apiGroups: [""], resources: [events], verbs: [create, patch]}
 {{- end -}}
 
+{{/* Events, and the objects that they are about where the driver does not know them: its own CSIDriver object; of a
+     node a VolumeAttachment by its name, which has the claim. */}}
+{{- define "nvmesh-csi.eventRules" -}}
+- {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
+{{- end -}}
+
+{{- define "nvmesh-csi.controllerEventRules" -}}
+{{ include "nvmesh-csi.eventRules" . }}
+- {apiGroups: [storage.k8s.io], resources: [csidrivers], resourceNames: [{{ .Values.driverName | quote }}], verbs: [get]}
+{{- end -}}
+
 {{- define "nvmesh-csi.nodeRules" -}}
 {{- $node := .Values.node -}}
+{{- $rules := list -}}
 {{- $verbs := list -}}
 {{- if or $node.startupTaint.enabled $node.preStop.enabled -}}{{- $verbs = append $verbs "get" -}}{{- end -}}
 {{- if or $node.startupTaint.enabled $node.nodeLabel -}}{{- $verbs = append $verbs "patch" -}}{{- end -}}
-- {apiGroups: [""], resources: [nodes], verbs: {{ toJson $verbs }}}
-{{- if $node.startupTaint.enabled }}
-- {apiGroups: [storage.k8s.io], resources: [csinodes], verbs: [get]}
-{{- end }}
-{{- if $node.preStop.enabled }}
-- {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get]}
+{{- if $verbs -}}
+{{- $rules = append $rules (printf "- {apiGroups: [\"\"], resources: [nodes], verbs: %s}" (toJson $verbs)) -}}
 {{- end -}}
+{{- if $node.startupTaint.enabled -}}
+{{- $rules = append $rules "- {apiGroups: [storage.k8s.io], resources: [csinodes], verbs: [get]}" -}}
+{{- end -}}
+{{- if or $node.preStop.enabled .Values.events.enabled -}}
+{{- $rules = append $rules "- {apiGroups: [storage.k8s.io], resources: [volumeattachments], verbs: [get]}" -}}
+{{- end -}}
+{{- if .Values.events.enabled -}}
+{{- $rules = append $rules (include "nvmesh-csi.eventRules" .) -}}
+{{- end -}}
+{{- join "\n" $rules -}}
 {{- end -}}
