@@ -73,8 +73,8 @@ def test_the_navigation_names_each_page_once(pages: Path) -> None:
 
 def test_a_code_block_in_a_numbered_step_stays_in_the_step(pages: Path) -> None:
     text = (pages / "RELEASE.md").read_text()
-    blocks = re.findall(r"(?ms)^( *)```sh\n(.*?)^ *```", text)
-    assert len(blocks) >= 2
+    blocks = re.findall(r"(?ms)^( +)```sh\n(.*?)^ *```", text)
+    assert len(blocks) == 2
     assert {indent for indent, _ in blocks} == {"    "}
     assert [line for _, block in blocks for line in block.splitlines() if line and not line.startswith("    ")] == []
 
