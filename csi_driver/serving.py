@@ -119,9 +119,10 @@ def _run_controller(command: ControllerCommand, reporter: Reporter) -> int:
     others = services.GroupControllerService(use_cases), services.SnapshotMetadataService(use_cases)
 
     def addons() -> Sequence[Service]:
-        from csi_driver.rpc.addons import AddonsIdentity
+        from csi_driver.controller.reclaim_space import ReclaimSpace
+        from csi_driver.rpc.addons import controller_services
 
-        return (AddonsIdentity(identity),)
+        return controller_services(identity, ReclaimSpace(clusters, features))
 
     return serve(command.endpoint, identity, (service, *others), background, addons)
 

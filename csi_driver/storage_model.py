@@ -335,6 +335,15 @@ class ChangedRanges:
 
 
 @dataclass(frozen=True, slots=True)
+class ReclaimedSpace:
+    """A step: the bytes that a volume took before and after. `next_offset`: where the next step begins; None = done."""
+
+    before_bytes: int
+    after_bytes: int
+    next_offset: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Features:
     """What the storage offers beside volumes. `reason`: why there are no snapshots; it names the engine."""
 
@@ -344,6 +353,7 @@ class Features:
     reason: str = ""
     deletions: bool = False
     """Of snapshots that were cut before, also where none can be cut any more."""
+    reclaims_space: bool = False
 
 
 @dataclass(frozen=True, slots=True)

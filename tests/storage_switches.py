@@ -19,7 +19,7 @@ from csi_driver.embedded import server as embedded
 from csi_driver.embedded.http import answer
 from csi_driver.embedded.model import ATTACHMENTS, VOLUMES
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.embedded.settings import Freezes, LoopDevices, LuksHeaders, Reflinks, SparseFiles, StorageSettings
 from csi_driver.http_requests import HttpRequest, HttpResponse
 
 
@@ -162,6 +162,7 @@ def _serve_with_switches(
     beside: Callable[[StorageServer], AbstractContextManager[object]] = lambda _: nullcontext(),
     reflinks: Reflinks | None = None,
     freezes: Freezes | None = None,
+    sparse_files: SparseFiles | None = None,
 ) -> int:
     from csi_driver.host.luks import LuksFiles
     from tests.unit.embedded.fake_luks import CHEAP_KEYS
@@ -171,7 +172,7 @@ def _serve_with_switches(
         return beside(server)
 
     cheap = None if headers is None else LuksFiles(CHEAP_KEYS)
-    return _serve(settings, loops, cheap, both, reflinks, freezes)
+    return _serve(settings, loops, cheap, both, reflinks, freezes, sparse_files)
 
 
 _serve = embedded.serve

@@ -14,12 +14,13 @@ from csi_driver.storage_model import Features
 
 _CAPABILITIES_S = 5.0
 _REACHABLE_S = 2.0
-_ALL = Features(snapshots=True, group_snapshots=True, changed_blocks=True)
+_ALL = Features(snapshots=True, group_snapshots=True, changed_blocks=True, reclaims_space=True)
 _NAMES = {
     "snapshots": "snapshots",
     "deletions": "snapshots",
     "group_snapshots": "group snapshots",
     "changed_blocks": "lists of changed blocks",
+    "reclaims_space": "reclaim of space",
 }
 
 
@@ -58,6 +59,7 @@ class ZoneFeatures:
             snapshots=any(each.snapshots for each in told),
             group_snapshots=any(each.group_snapshots for each in told),
             changed_blocks=any(each.changed_blocks for each in told),
+            reclaims_space=any(each.reclaims_space for each in told),
         )
 
     def zones_with(self, feature: str, *, deadline: Deadline) -> dict[str, Management]:

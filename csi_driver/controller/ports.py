@@ -16,6 +16,7 @@ from csi_driver.storage_model import (
     Client,
     Deletion,
     NewMember,
+    ReclaimedSpace,
     ReservationMode,
     Snapshot,
     SnapshotGroup,
@@ -201,6 +202,9 @@ class Management(Protocol):
 
         Raises `NotFound` if either does not exist any more.
         """
+
+    def reclaim_space(self, volume: Volume, offset: int, *, deadline: Deadline) -> ReclaimedSpace | None:
+        """Give back the zeros in a part of the volume, from `offset`; None while it is attached or otherwise in use."""
 
 
 class Clusters(Protocol):

@@ -37,7 +37,7 @@ GROUP_NOT_FOUND = 16220
 # Of this manager alone; NVMesh has no such operations.
 SNAPSHOT_EXISTS, SNAPSHOT_NOT_FOUND, NOT_SUPPORTED, TOO_MANY_EXTENTS, NO_SNAPSHOT_SPACE = range(91001, 91006)
 SOURCE_BUSY, GROUP_MEMBER, NOT_FREEZABLE, SOURCE_NOT_USABLE, SNAPSHOT_GROUP_NOT_FOUND = range(91006, 91011)
-SMALLER_THAN_SOURCE, SOURCE_DIFFERS = 91011, 91012
+SMALLER_THAN_SOURCE, SOURCE_DIFFERS, IN_USE = range(91011, 91014)
 
 
 class ApiError(DriverError):
@@ -184,11 +184,14 @@ GROUP_USAGE: Document = {"allowOverflow": True, "allocatedBlocks": 0, "reservedB
 """The use of a VPG's reserved space, which is empty."""
 
 
-def system_info(database_uuid: str, why_no_snapshots: str, why_no_groups: str, why_no_changes: str) -> Document:
+def system_info(
+    database_uuid: str, why_no_snapshots: str, why_no_groups: str, why_no_changes: str, *, reclaims_space: bool
+) -> Document:
     features = {
         "snapshots": not why_no_snapshots,
         "groupSnapshots": not why_no_groups,
         "changedBlocks": not why_no_changes,
+        "reclaimSpace": reclaims_space,
         "reason": why_no_snapshots,
     }
     return {"version": VERSION, "APIVersion": API_VERSION, "dbUUID": database_uuid, "features": features}

@@ -48,6 +48,7 @@ from csi_driver.embedded.requests import (
     NewVolume,
     RequestBody,
     SnapshotDeletion,
+    SpaceReclaim,
     Unusable,
     VolumeUpdate,
     read_body,
@@ -55,6 +56,7 @@ from csi_driver.embedded.requests import (
 from csi_driver.embedded.sessions import Sessions
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.snapshots import Snapshots
+from csi_driver.embedded.space_reclaim import SpaceReclaims
 from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import DriverError
@@ -114,6 +116,7 @@ class Api:
     snapshots: Snapshots
     groups: GroupSnapshots
     changed_blocks: ChangedBlocks
+    reclaims: SpaceReclaims
     login_limit: LoginLimit
     status_page: Callable[[HttpRequest], HttpResponse]
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
@@ -142,6 +145,7 @@ class Api:
             ("POST", "/volumes/extend"): _each(Extension, self.extend),
             ("POST", "/volumes/update"): _each(VolumeUpdate, self.volumes.update),
             ("POST", "/volumes/delete"): _each(Deletion, self.delete),
+            ("POST", "/volumes/reclaimSpace"): _each(SpaceReclaim, self.reclaim_space),
             ("POST", "/volumes/initEncryption"): _each(EncryptionInit, self.encryptions.initialize),
             ("GET", "/snapshots/all/*/*"): _list(lambda query: map(compact_json, self.snapshot_documents(query))),
             ("GET", "/snapshots/*"): _get(self.snapshot),
@@ -262,6 +266,9 @@ class Api:
         self.volumes.extend(item)
         self.attacher.grow(item.uuid)
 
+    def reclaim_space(self, item: SpaceReclaim) -> _State:
+        return {"reclaimed": self.reclaims.step(item)}
+
     def changes(self, request: HttpRequest, parts: list[str]) -> str:
         query = ChangesQuery.model_validate(dict(request.query))
         return compact_json(self.changed_blocks.page(parts[0], query))
@@ -324,7 +331,8 @@ class Api:
     def system_info(self) -> Document:
         fact = self.store.get(FACTS, "dbUUID")
         why_none = self.snapshots.why_none, self.groups.why_none, self.changed_blocks.why_not
-        return documents.system_info(fact.value if fact else "", *why_none)
+        reclaims_space = not self.reclaims.why_not
+        return documents.system_info(fact.value if fact else "", *why_none, reclaims_space=reclaims_space)
 
 
 def answer(content: object, status: int = 200) -> HttpResponse:

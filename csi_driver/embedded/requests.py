@@ -308,6 +308,12 @@ class ChangesQuery(BaseModel):
         return self
 
 
+class SpaceReclaim(_Named):
+    """An item of /volumes/reclaimSpace. `offset`: where to go on, as the answer to the request before says."""
+
+    offset: Annotated[int, Field(ge=0, le=(1 << 63) - 1)] = 0
+
+
 class EncryptionInit(_Named):
     """An item of /volumes/initEncryption."""
 

@@ -31,8 +31,16 @@ from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import ATTACHMENTS, FACTS, SNAPSHOTS, VOLUMES, Fact, Volume
 from csi_driver.embedded.pool import Pool, VolumeLocks
 from csi_driver.embedded.sessions import Password, Sessions
-from csi_driver.embedded.settings import Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.embedded.settings import (
+    Freezes,
+    LoopDevices,
+    LuksHeaders,
+    Reflinks,
+    SparseFiles,
+    StorageSettings,
+)
 from csi_driver.embedded.snapshots import Snapshots
+from csi_driver.embedded.space_reclaim import SpaceReclaims
 from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
@@ -63,13 +71,14 @@ class StorageServer:
         headers: LuksHeaders | None = None,
         reflinks: Reflinks | None = None,
         freezes: Freezes | None = None,
+        sparse_files: SparseFiles | None = None,
     ) -> None:
         """Open and repair the pool and settle all attachments. Raises leaves of DriverError.
 
         Without `headers` no volume can be encrypted by the storage, without `reflinks` there are no snapshots, and
-        without `freezes` none of several volumes at one moment.
+        without `freezes` none of several volumes at one moment. Without `sparse_files` no space is given back.
         """
-        self.settings, self._freezes = settings, freezes
+        self.settings, self._freezes, self._sparse_files = settings, freezes, sparse_files
         for client in settings.clients:
             _check_device_directory(client.device_directory)
         tls = _certificate(settings)
@@ -108,6 +117,7 @@ class StorageServer:
         self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
         self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
+        self.reclaims = SpaceReclaims(settings, store, pool, locks, volumes, self._sparse_files)
         self.sessions = Sessions(settings, self.password)
         self.login_limit = LoginLimit()
         self.api = Api(
@@ -123,6 +133,7 @@ class StorageServer:
             self.snapshots,
             self.groups,
             self.changed_blocks,
+            self.reclaims,
             self.login_limit,
             self._show_status,
         )
@@ -268,9 +279,10 @@ def serve(
     beside: Callable[[StorageServer], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext(),
     reflinks: Reflinks | None = None,
     freezes: Freezes | None = None,
+    sparse_files: SparseFiles | None = None,
 ) -> int:
     """Run the manager inside the context `beside(server)` until SIGTERM or SIGINT. Returns the exit status."""
-    server = StorageServer(settings, loops, headers, reflinks, freezes)
+    server = StorageServer(settings, loops, headers, reflinks, freezes, sparse_files)
     try:
         with beside(server):
             server.run(lambda: _announce(server))

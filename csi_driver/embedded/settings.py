@@ -250,6 +250,22 @@ class Reflinks(Protocol):
         ...
 
 
+class SparseFiles(Protocol):
+    """Files whose zeros take no space. Raises HostFailure where the kernel refuses."""
+
+    def why_not(self, directory: Path) -> str:
+        """Return why files in this directory cannot give back a part of their space; "" when they can."""
+        ...
+
+    def give_back_zeros(self, file: Path, offset: int, most_bytes: int) -> int | None:
+        """Give back the blocks of zeros from `offset`, reading at most about `most_bytes`, and return where to go on.
+
+        None at the end. The file's content stays the same. Raises PreconditionFailed while another program has it open;
+        ends early when one is about to open it.
+        """
+        ...
+
+
 class Freezes(Protocol):
     """Holds the writes to files of the pool."""
 

@@ -62,6 +62,7 @@ _CHANGES: Mapping[Operation, Change] = {
     Operation.DELETE: Change("/volumes/delete", accepted=Meaning.VOLUME_ABSENT, is_repeatable=True),
     Operation.UPDATE: Change("/volumes/update"),
     Operation.ENCRYPT: Change("/volumes/initEncryption", accepted=Meaning.IN_PROGRESS, is_secret=True),
+    Operation.RECLAIM: Change("/volumes/reclaimSpace", accepted=Meaning.IN_USE, is_repeatable=True),
     Operation.ATTACH: Change("/clients/attach"),
     Operation.DETACH: Change("/clients/detach"),
 }
@@ -218,6 +219,13 @@ class ManagementClient(SnapshotRequests):
     ) -> bool:
         item = {"_id": volume.name, "uuid": volume.uuid, "passphrase": passphrase, "slot": slot}
         return self._post(Operation.ENCRYPT, [{**item, "keySize": key_size_bits}], volume, deadline) is not None
+
+    def reclaim_space(self, volume: Volume, offset: int, *, deadline: Deadline) -> storage_model.ReclaimedSpace | None:
+        item = {"_id": volume.name, "uuid": volume.uuid, "offset": offset}
+        envelope = self._post(Operation.RECLAIM, [item], volume, deadline)
+        if envelope is None:
+            return None
+        return codec.decode_reclaimed(codec.as_document(payload_of(envelope).get("reclaimed"), "a reclaim of space"))
 
     def attach(
         self,

@@ -188,7 +188,16 @@ def _features(row: Document) -> storage_model.Features:
         return NVMESH_FEATURES
     snapshots, groups, changes = (told.get(key) is True for key in ("snapshots", "groupSnapshots", "changedBlocks"))
     reason = f"embedded storage manager: {told.get('reason') or 'not in this version'}"
-    return storage_model.Features(snapshots, groups, changes, reason, deletions=True)
+    reclaims = told.get("reclaimSpace") is True
+    return storage_model.Features(snapshots, groups, changes, reason, deletions=True, reclaims_space=reclaims)
+
+
+def decode_reclaimed(row: Document) -> storage_model.ReclaimedSpace:
+    try:
+        following = natural_of(row, "next") if row["next"] is not None else None
+        return storage_model.ReclaimedSpace(natural_of(row, "before"), natural_of(row, "after"), following)
+    except (KeyError, TypeError, ValueError) as error:
+        raise invalid_document(row, f"reclaimed space that cannot be read ({error})") from error
 
 
 def gigabytes(value: object) -> int:

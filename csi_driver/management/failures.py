@@ -43,6 +43,7 @@ class Operation(StrEnum):
     CLONE = "copy the source to"
     CUT = "cut"
     REMOVE = "remove"
+    RECLAIM = "give back space of"
 
 
 class Meaning(Enum):
@@ -63,6 +64,7 @@ class Meaning(Enum):
     RESERVED = auto()
     DENIED = auto()
     TOO_SMALL = auto()
+    IN_USE = auto()
     SERVER_ERROR = auto()
 
 
@@ -136,6 +138,8 @@ MEANINGS: Mapping[Operation, Mapping[int, Meaning]] = {
         **_ids(Meaning.IN_PROGRESS, 16792, 167921, 16794),
         **_ids(Meaning.FORBIDDEN, 16793),
     },
+    # Of the embedded manager only.
+    Operation.RECLAIM: {**_ALWAYS, **_ids(Meaning.IN_USE, 91013), **_SNAPSHOTS},
     Operation.ATTACH: {
         **_ALWAYS,
         **_ids(Meaning.DONE, 1611, 16112),

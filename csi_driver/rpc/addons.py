@@ -20,6 +20,7 @@ from csi_driver.rpc.pb import identity_pb2 as id_pb
 from csi_driver.rpc.pb import reclaimspace_pb2 as space_pb
 
 if TYPE_CHECKING:
+    from csi_driver.controller.reclaim_space import ReclaimSpace
     from csi_driver.node.addons import NodeAddons
     from csi_driver.rpc.services import IdentityService
 
@@ -52,10 +53,29 @@ class AddonsIdentity(Service):
             ]
         else:
             capabilities = [_Capability(service=service(type=service.CONTROLLER_SERVICE))]
+            if self.csi.features.offered(deadline=deadline).reclaims_space:
+                capabilities.append(_Capability(reclaim_space=space(type=space.OFFLINE)))
         return id_pb.GetCapabilitiesResponse(capabilities=capabilities)
 
     def Probe(self, request: id_pb.ProbeRequest, deadline: Deadline) -> id_pb.ProbeResponse:
         return id_pb.ProbeResponse(ready=BoolValue(value=self.csi.is_ready()))
+
+
+@dataclass(slots=True)
+class ReclaimSpaceController(Service):
+    file: ClassVar[FileDescriptor] = space_pb.DESCRIPTOR
+    name: ClassVar[str] = "ReclaimSpaceController"
+
+    do: ReclaimSpace
+
+    def ControllerReclaimSpace(
+        self, request: space_pb.ControllerReclaimSpaceRequest, deadline: Deadline
+    ) -> space_pb.ControllerReclaimSpaceResponse:
+        taken = self.do.reclaim(request.volume_id, deadline=deadline)
+        if taken is None:
+            return space_pb.ControllerReclaimSpaceResponse()
+        before, after = (space_pb.StorageConsumption(usage_bytes=each) for each in taken)
+        return space_pb.ControllerReclaimSpaceResponse(pre_usage=before, post_usage=after)
 
 
 @dataclass(slots=True)
@@ -94,6 +114,10 @@ class EncryptionKeyRotation(Service):
             deadline=deadline,
         )
         return key_pb.EncryptionKeyRotateResponse()
+
+
+def controller_services(csi: IdentityService, do: ReclaimSpace) -> tuple[Service, ...]:
+    return AddonsIdentity(csi), ReclaimSpaceController(do)
 
 
 def node_services(csi: IdentityService, do: NodeAddons) -> tuple[Service, ...]:

@@ -44,6 +44,7 @@ from csi_driver.storage_model import (
     DeviceStatus,
     Layout,
     RaidLevel,
+    ReclaimedSpace,
     Reservation,
     ReservationMode,
     StorageEncryption,
@@ -121,6 +122,8 @@ class FakeManagement:
         self.detach_s = 0.0
         self.delete_s = 0.0
         self.encrypt_s = 0.0
+        self.reclaimed: list[ReclaimedSpace | None] = []
+        """The next steps of a reclaim of space."""
         self.encryption_results: list[int] = []
         """How the storage answers the next passphrases (1 = done); then, and by default, with 1."""
         self.passphrases: dict[str, tuple[str, int, int]] = {}
@@ -206,6 +209,10 @@ class FakeManagement:
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         with self._request("system_info", deadline):
             return SystemInfo("3.5.0", "18.0.0", "fake-cluster", self.features)
+
+    def reclaim_space(self, volume: Volume, offset: int, *, deadline: Deadline) -> ReclaimedSpace | None:
+        with self._request(f"reclaim_space {offset}", deadline):
+            return self.reclaimed.pop(0)
 
     def _no_route(self, *_: object, deadline: Deadline, **__: object) -> NoReturn:
         with self._request("a route of snapshots", deadline):

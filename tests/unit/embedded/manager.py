@@ -15,7 +15,15 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from csi_driver.embedded.http import COOKIE
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import ClientSettings, Freezes, LoopDevices, LuksHeaders, Reflinks, StorageSettings
+from csi_driver.embedded.settings import (
+    ClientSettings,
+    Freezes,
+    LoopDevices,
+    LuksHeaders,
+    Reflinks,
+    SparseFiles,
+    StorageSettings,
+)
 from csi_driver.http_requests import HttpRequest
 from tests.storage_switches import Switches, retry_client
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -50,8 +58,9 @@ class Manager:
         headers: LuksHeaders | None = None,
         reflinks: Reflinks | None = None,
         freezes: Freezes | None = None,
+        sparse_files: SparseFiles | None = None,
     ) -> None:
-        self.server = StorageServer(settings, loops, headers, reflinks, freezes)
+        self.server = StorageServer(settings, loops, headers, reflinks, freezes, sparse_files)
         self._switches = Switches(self.server)
         self._session = self.server.sessions.open(settings.user, self.server.password.path.read_text().strip())
 
@@ -101,6 +110,9 @@ class Manager:
 
     def delete(self, name: str) -> Json:
         return self._one("/volumes/delete", {"_id": name, "uuid": self.uuid(name)})
+
+    def reclaim(self, name: str, offset: int = 0) -> Json:
+        return self._one("/volumes/reclaimSpace", {"_id": name, "uuid": self.uuid(name), "offset": offset})
 
     # --- snapshots ---
 
@@ -200,8 +212,9 @@ def running(
     headers: LuksHeaders | None = None,
     reflinks: Reflinks | None = None,
     freezes: Freezes | None = None,
+    sparse_files: SparseFiles | None = None,
 ) -> Iterator[Manager]:
-    manager = Manager(settings, loops or FakeLoopDevices(), headers, reflinks, freezes)
+    manager = Manager(settings, loops or FakeLoopDevices(), headers, reflinks, freezes, sparse_files)
     try:
         yield manager
     finally:

@@ -18,11 +18,12 @@ from tests.unit.embedded.fake_freezes import FakeFreezes
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_luks import FakeLuksHeaders
 from tests.unit.embedded.fake_reflinks import FakeReflinks
+from tests.unit.embedded.fake_sparse_files import FakeSparseFiles
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
 
 DOCUMENT: Json = yaml.safe_load(text_of("storage-api.yaml"))
 SCHEMAS: Json = DOCUMENT["components"]["schemas"]
-OWN = re.compile("/(snapshot|clone)")
+OWN = re.compile("/(snapshot|clone|volumes/reclaimSpace)")
 EXTENDED = ("GET", "/systemInfo")
 """Route of NVMesh whose answer has a field of the manager's own."""
 TYPES: dict[str, type | tuple[type, ...]] = {
@@ -71,7 +72,8 @@ def answer_schema(method: str, path: str) -> Json:
 
 @pytest.fixture
 def manager(tmp_path: Path, loops: FakeLoopDevices) -> Iterator[Manager]:
-    with running(settings_in(tmp_path), loops, FakeLuksHeaders(), FakeReflinks(), FakeFreezes()) as running_manager:
+    ports = FakeLuksHeaders(), FakeReflinks(), FakeFreezes(), FakeSparseFiles()
+    with running(settings_in(tmp_path), loops, *ports) as running_manager:
         running_manager.save("data")
         yield running_manager
 
@@ -142,7 +144,9 @@ def test_answers_are_as_described(manager: Manager) -> None:
     compared = f"/snapshots/changes/s-1?uuid={snapshot['uuid']}"
     members = [{"name": f"m-{number}", "volume": volume} for number, volume in enumerate((source, secret))]
     groups = manager.post("/snapshotGroups/save", [{"name": "g-1", "members": members}])
+    reclaimed = manager.post("/volumes/reclaimSpace", [source])
     answers = {
+        ("POST", "/volumes/reclaimSpace"): reclaimed,
         ("POST", "/snapshotGroups/save"): groups,
         ("GET", "/snapshotGroups/*"): manager.get("/snapshotGroups/g-1"),
         ("GET", "/snapshots/changes/*"): manager.get(compared),
@@ -161,6 +165,7 @@ def test_answers_are_as_described(manager: Manager) -> None:
         assert list(problems(value, answer_schema(*route), str(route))) == []
     assert answers["POST", "/clones/save"][0]["success"]
     assert list(problems(answers["GET", "/snapshotGroups/*"], SCHEMAS["SnapshotGroup"])) == []
+    assert list(problems(reclaimed[0]["payload"]["reclaimed"], SCHEMAS["Reclaimed"])) == []
     for envelope in made[:2]:
         assert list(problems(envelope["payload"]["snapshot"], SCHEMAS["Snapshot"])) == []
     assert list(problems(manager.get("/snapshots/s-1"), answer_schema("GET", "/snapshots/*"))) == []
