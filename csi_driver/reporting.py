@@ -25,6 +25,8 @@ class EventReason(StrEnum):
     # Reported by the controller.
     TAKEN_OVER = "VolumeTakenOver"
     NOT_DETACHED = "VolumeNotDetached"
+    SPACE_NEARLY_PROMISED = "SpaceNearlyPromised"
+    SPACE_AVAILABLE = "SpaceAvailable"
 
 
 @dataclass(frozen=True, slots=True)

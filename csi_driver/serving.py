@@ -130,7 +130,7 @@ def _run_controller(command: ControllerCommand, reporter: Reporter) -> int:
 def _controller_use_cases(
     clusters: Clusters, settings: ControllerSettings, features: ZoneFeatures, reporter: Reporter
 ) -> services.ControllerUseCases:
-    from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+    from csi_driver.controller.capacity import ExpandVolume, GetCapacity, SpaceWatch
     from csi_driver.controller.changed_blocks import ChangedBlocks
     from csi_driver.controller.create_volume import CreateVolume
     from csi_driver.controller.delete_volume import DeleteVolume
@@ -150,7 +150,7 @@ def _controller_use_cases(
         expand=ExpandVolume(clusters),
         modify=ModifyVolume(clusters),
         listing=listing,
-        capacity=GetCapacity(clusters, settings),
+        capacity=GetCapacity(clusters, settings, SpaceWatch(reporter)),
         validate=ValidateVolume(clusters),
         health=GetVolumeHealth(listing),
         features=features,

@@ -46,6 +46,16 @@ class AllowedDrives:
 
 
 ALL_DRIVES = AllowedDrives()
+
+
+@dataclass(frozen=True, slots=True)
+class RawSpace:
+    """Bytes of drives, with redundancy: those that no volume has yet, and all."""
+
+    free_bytes: int
+    total_bytes: int
+
+
 LUKS_HEADER_BYTES = 16 << 20
 """Size of a LUKS2 header: cryptsetup's default, and the default of the storage."""
 

@@ -54,8 +54,8 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
     {
         "devices": _methods(
             "set_read_only",
-            reads="wait_for find open is_claimed is_open size_bytes uuid_of client unnamed present status "
-            "reference_ids path_of name_of",
+            reads="wait_for find open is_claimed is_open describe_openers size_bytes uuid_of client unnamed present "
+            "status reference_ids path_of name_of",
         ),
         "read_only_devices": _methods("over", "release", "release_left_over", reads="present"),
         "encryption": _methods(

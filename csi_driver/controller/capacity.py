@@ -9,7 +9,7 @@ import math
 import random
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from csi_driver import capacity as sizes
 from csi_driver import errors
@@ -22,8 +22,9 @@ from csi_driver.deadline import Deadline
 from csi_driver.model import BlockAccess, Capability, Capacity, CapacityRange, Segments
 from csi_driver.parameters.storage_class import StorageClassParameters, parse
 from csi_driver.publish_context import Encryption
+from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 from csi_driver.settings import ControllerSettings, ZonePolicy
-from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, Volume, VolumeSpec, Vpg
+from csi_driver.storage_model import ALL_DRIVES, AllowedDrives, Layout, RaidLevel, RawSpace, Volume, VolumeSpec, Vpg
 
 _log = logging.getLogger(__name__)
 
@@ -37,15 +38,21 @@ _KNOWN_S = 10.0
 _KNOWN_WAIT_S = 5.0
 _MOST_KNOWN = 1024
 _MOST_EXTENSIONS = 3
+_SCARCE_SHARE, _ENOUGH_SHARE = 0.10, 0.15
+"""Free shares of a zone's space: below the first a report begins, above the second it ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeCapacity:
-    """Free capacity of a zone for volumes of some parameters. `refusal`: why the zone refuses every such volume."""
+    """Free capacity of a zone for volumes of some parameters. `refusal`: why the zone refuses every such volume.
+
+    `all_drives`: the space of the zone, if the parameters allow all drives.
+    """
 
     free_bytes: int
     minimum_bytes: int | None = None
     refusal: str = ""
+    all_drives: RawSpace | None = None
 
 
 def free_capacity(management: Management, read: StorageClassParameters, *, deadline: Deadline) -> FreeCapacity:
@@ -66,14 +73,14 @@ def free_capacity(management: Management, read: StorageClassParameters, *, deadl
         layout, overflows = group.layout, group.allow_overflow
         if not overflows or group.capacity_bytes:
             reserved = management.vpg_free_bytes(name, deadline=deadline)
-    raw: int | None = 0
-    if overflows:
-        raw = management.raw_free_bytes(allowed_drives(read.spec, group, layout), deadline=deadline)
-    if raw is None:
+    allowed = allowed_drives(read.spec, group, layout)
+    space = management.raw_space(allowed, deadline=deadline) if overflows else RawSpace(0, 0)
+    if space is None:
         return FreeCapacity(0, refusal="the classes, limitBy... or domain of the parameters do not exist")
-    free = sizes.largest_size(reserved + sizes.usable_bytes(raw, layout), layout)
+    free = sizes.largest_size(reserved + sizes.usable_bytes(space.free_bytes, layout), layout)
     least = sizes.minimum_bytes(layout)
-    return FreeCapacity(max(0, free - header) if free >= least else 0, least - header)
+    all_drives = space if overflows and replace(allowed, with_metadata=False) == ALL_DRIVES else None
+    return FreeCapacity(max(0, free - header) if free >= least else 0, least - header, all_drives=all_drives)
 
 
 def allowed_drives(spec: VolumeSpec, group: Vpg | None, layout: Layout) -> AllowedDrives:
@@ -105,9 +112,32 @@ def _free_in(
 
 
 @dataclass(slots=True)
+class SpaceWatch:
+    """Reports a zone most of whose space is promised to volumes, and the end of that."""
+
+    reporter: Reporter
+    _scarce: set[str] = field(default_factory=set)
+
+    def saw(self, zone: str, space: RawSpace) -> None:
+        share = space.free_bytes / space.total_bytes if space.total_bytes else 1.0
+        if share < _SCARCE_SHARE:
+            self._scarce.add(zone)
+            note = (
+                f"zone {zone}: less than {_SCARCE_SHARE:.0%} of the space of its drives is free; delete volumes or "
+                "snapshots, or add drives, before new volumes and expansions are refused"
+            )
+            self.reporter.report(Subject(), EventReason.SPACE_NEARLY_PROMISED, note)
+        elif share > _ENOUGH_SHARE and zone in self._scarce:
+            self._scarce.discard(zone)
+            note = f"zone {zone}: more than {_ENOUGH_SHARE:.0%} of the space of its drives is free again"
+            self.reporter.report(Subject(), EventReason.SPACE_AVAILABLE, note)
+
+
+@dataclass(slots=True)
 class GetCapacity:
     clusters: Clusters
     settings: ControllerSettings
+    watch: SpaceWatch = field(default_factory=lambda: SpaceWatch(SILENT))
     _refused: set[frozenset[tuple[str, str]]] = field(default_factory=set)
 
     def capacity(
@@ -184,6 +214,9 @@ class GetCapacity:
             raise unavailable(answers.missing)
         for each, reason in sorted(answers.missing.items()):
             _log.warning("the capacity of zone %s counts as 0: %s", each, reason)
+        for zone, free in answers.given.items():
+            if free.all_drives is not None:
+                self.watch.saw(zone, free.all_drives)
         return list(answers.given.values())
 
 

@@ -16,6 +16,7 @@ from csi_driver.storage_model import (
     Client,
     Deletion,
     NewMember,
+    RawSpace,
     ReclaimedSpace,
     ReservationMode,
     Snapshot,
@@ -160,8 +161,8 @@ class Management(Protocol):
     def vpg_free_bytes(self, name: str, *, deadline: Deadline) -> int:
         """Return the free bytes of a VPG's own reserved space; 0 without such space."""
 
-    def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
-        """Return the free bytes with redundancy; None if `allowed` names unknown things. At most three requests."""
+    def raw_space(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> RawSpace | None:
+        """Return the space of the drives; None if `allowed` names unknown things. At most three requests."""
 
     # Only where `system_info` has the feature.
 

@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
@@ -23,6 +24,7 @@ from csi_driver.host import block_devices, ioctls
 from csi_driver.host.block_devices import NOT_READY, device_events
 from csi_driver.host.connectors import device_mapper, loop, nvmesh
 from csi_driver.host.connectors.nvmesh import DeviceEvidence
+from csi_driver.host.mount_table import openers
 from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
@@ -206,6 +208,11 @@ class LinuxDevices:
         """By `is_claimed` when the client counts no opens."""
         opens = self._status.opens(device.name)
         return opens > 0 if opens is not None else self.is_claimed(device)
+
+    def describe_openers(self, device: Device) -> str:
+        users = dict.fromkeys((*islice(openers(device.number, device.path), 3), *self._status.openers(device.name)))
+        named = ", ".join(islice(users, 3))
+        return f"by {named or f'a program that is not visible here; see `fuser -vam {device.path}` on the node'}"
 
     def set_read_only(self, device: Device) -> None:
         with self.open(device) as opened:

@@ -27,8 +27,8 @@ from csi_driver.errors import NotFreezable, SystemCallFailed
 from csi_driver.host import freeze_guard, processes
 from csi_driver.host.block_devices import NOT_READY, SYS_DEV_BLOCK, is_claimed, open_number, read_text, sys_number
 from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.host.mount_table import read_table
-from csi_driver.host.syscalls import closing, fd_path, open_file, statx, system_call
+from csi_driver.host.mount_table import opened_by, read_table
+from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
 from csi_driver.host_model import DeviceNumber, LoopDevice
 
 _log = logging.getLogger(__name__)
@@ -336,7 +336,7 @@ def _uses(numbers: Sequence[DeviceNumber]) -> dict[DeviceNumber, str]:
     found = {number: "by a mount or a program that is not visible here" for number in numbers if _is_claimed(number)}
     for process in _PROC.iterdir() if len(found) < len(numbers) else ():
         if process.name.isdigit() and int(process.name) != os.getpid():
-            for number in _opened_by(process).intersection(numbers):
+            for number in opened_by(process).intersection(numbers):
                 found.setdefault(number, f"by process {process.name} ({read_text(process / 'comm')})")
     return found
 
@@ -349,14 +349,3 @@ def _is_claimed(number: DeviceNumber) -> bool:
         if error.errno in NOT_READY:
             return False
         raise SystemCallFailed(f"open device {number}", error.errno or 0) from error
-
-
-def _opened_by(process: Path) -> set[DeviceNumber]:
-    found = set()
-    with contextlib.suppress(OSError):  # it has ended, or may not be read
-        for name in os.listdir(process / "fd"):
-            link = process / "fd" / name
-            # Only of files with a path: one without is no device.
-            if os.readlink(link).startswith("/"):
-                found.add(DeviceNumber(*statx(link, follow=True).node))
-    return found

@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 
 from csi_driver.errors import SystemCallFailed
-from csi_driver.host.block_devices import read_text
-from csi_driver.host.syscalls import system_call
+from csi_driver.host.block_devices import SYS_DEV_BLOCK, read_text
+from csi_driver.host.syscalls import statx, system_call
 from csi_driver.host_model import DeviceNumber, Mount
 
 _PROC = Path("/proc")
@@ -152,6 +152,41 @@ def _uses(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, 
         return any(text.partition("mnt_id:")[2].partition("\n")[0].strip() in ids for text in opened)
     except (OSError, SystemCallFailed):
         return False  # it has ended, or may not be read
+
+
+def openers(number: DeviceNumber, own_path: Path) -> Iterator[str]:
+    """Yield users of a device: devices over it, mounts in visible mount namespaces, processes. `own_path`: its node."""
+    ends_at_s = time.monotonic() + _HOLDERS_LIMIT_S
+    with contextlib.suppress(OSError):
+        yield from (f"/dev/{name}" for name in sorted(os.listdir(SYS_DEV_BLOCK / str(number) / "holders")))
+    for file in _LOOPS.glob("loop*/loop/backing_file"):
+        if read_text(file) == str(own_path):
+            yield f"/dev/{file.parts[-3]}"
+    seen: set[str] = set()
+    for process in (_PROC / "self", *_PROC.iterdir()):
+        if time.monotonic() > ends_at_s:
+            return
+        if process.name == "self" or process.name.isdigit():
+            with contextlib.suppress(OSError, SystemCallFailed):  # it has ended, or may not be read
+                namespace = os.readlink(process / "ns/mnt")
+                mounts = [] if namespace in seen else read_table(process.name, re.compile(rf"\d+ \d+ {number} ").match)
+                seen.add(namespace)
+                place = "" if process.name == "self" else f" seen by pid {process.name} ({_name(process)})"
+                yield from (f"the mount {entry.path}{place}" for entry in mounts)
+            if process.name != "self" and number in opened_by(process):
+                yield f"pid {process.name} ({_name(process)})"
+
+
+def opened_by(process: Path) -> set[DeviceNumber]:
+    """Return the devices that a process has open; `process`: its directory in /proc."""
+    found = set()
+    with contextlib.suppress(OSError):  # it has ended, or may not be read
+        for name in os.listdir(process / "fd"):
+            link = process / "fd" / name
+            # Only of files with a path: one without is no device.
+            if os.readlink(link).startswith("/"):
+                found.add(DeviceNumber(*statx(link, follow=True).node))
+    return found
 
 
 def _name(process: Path) -> str:

@@ -60,6 +60,8 @@ KINDS: Mapping[EventReason, Kind] = MappingProxyType(
         EventReason.GROWS_AT_NEXT_MOUNT: Kind("Expand"),
         EventReason.TAKEN_OVER: Kind("Attach"),
         EventReason.NOT_DETACHED: Kind("Detach"),
+        EventReason.SPACE_NEARLY_PROMISED: Kind("Provision"),
+        EventReason.SPACE_AVAILABLE: Kind("Provision", is_normal=True),
     }
 )
 

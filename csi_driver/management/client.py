@@ -35,6 +35,7 @@ from csi_driver.storage_model import (
     AllowedDrives,
     Client,
     Deletion,
+    RawSpace,
     Volume,
     VolumeOnClient,
     VolumeSpec,
@@ -136,14 +137,14 @@ class ManagementClient(SnapshotRequests):
         path = f"/volumeProvisioningGroups/getVolumesCapacityUsageByID/{quote(name, safe='')}"
         return free_capacity.vpg_free_bytes(self._read(path, deadline))
 
-    def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
+    def raw_space(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> RawSpace | None:
         # A domain counts for a kind of class only where no class of either kind is named.
         domain = None if allowed.drive_classes or allowed.target_classes else allowed.domain
         classes: list[list[codec.Document]] = []
         for collection, names in (("diskClasses", allowed.drive_classes), ("serverClasses", allowed.target_classes)):
             condition = free_capacity.class_filter(names, domain)
             classes.append([] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition))
-        return free_capacity.free_bytes(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
+        return free_capacity.raw_space(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
 
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> Volume | str | None:
         """Create a volume; without a response, look the name up, and send the request to another server if one works.

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from csi_driver.capacity import BLOCK_BYTES
 from csi_driver.management.codec import Document, gigabytes, invalid_document
-from csi_driver.storage_model import AllowedDrives
+from csi_driver.storage_model import AllowedDrives, RawSpace
 
 TARGET_FIELDS = (
     "node_id",
@@ -52,13 +52,13 @@ def class_filter(names: Sequence[str], domain: str | None) -> object | None:
     return {"domains.scope": domain} if domain is not None else None
 
 
-def free_bytes(
+def raw_space(
     targets: Sequence[Document],
     allowed: AllowedDrives,
     drive_classes: Sequence[Document],
     target_classes: Sequence[Document],
-) -> int | None:
-    """Return the free bytes of the allowed drives; None where one of the objects named does not exist."""
+) -> RawSpace | None:
+    """Return the space of the allowed drives; None where one of the objects named does not exist."""
     members = _class_members(allowed, drive_classes, target_classes)
     if members is None:
         return None
@@ -68,15 +68,17 @@ def free_bytes(
         return None
     if allowed.drives and not any(drive.get("diskID") in allowed.drives for _, _, drive in known):
         return None
-    return BLOCK_BYTES * sum(
-        _free_blocks(drive)
+    drives = [
+        drive
         for node, target, drive in known
         if _is_allocatable(target, drive, allowed)
         and _is_in(node, class_targets)
         and _is_in(node, allowed.targets or None)
         and _is_in(drive.get("diskID"), class_drives)
         and _is_in(drive.get("diskID"), allowed.drives or None)
-    )
+    ]
+    free, usable = sum(map(_free_blocks, drives)), sum(_blocks(drive, "usableBlocks") for drive in drives)
+    return RawSpace(BLOCK_BYTES * free, BLOCK_BYTES * usable)
 
 
 def _class_members(

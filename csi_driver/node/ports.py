@@ -60,6 +60,9 @@ class Devices(Protocol):
     def is_open(self, device: Device) -> bool | None:
         """Return whether anything on this machine has the device open; None = not known now."""
 
+    def describe_openers(self, device: Device) -> str:
+        """Name up to three users of an open device: "by " devices over it, mounts, processes."""
+
     def size_bytes(self, number: DeviceNumber) -> int | None:
         """Return the size of a device without opening it; None when the device is gone."""
 

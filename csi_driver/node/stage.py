@@ -143,7 +143,7 @@ class Stage:
         else:
             state = "still open: the kernel is writing back data, or a program uses it; end that program, and retry"
         problem = f"volume {volume} is unmounted, but its device {device.path} is {state}"
-        self._report(volume, EventReason.VOLUME_IN_USE, problem)
+        self._report(volume, EventReason.VOLUME_IN_USE, f"{problem} (open {self.devices.describe_openers(device)})")
         raise StorageUnavailable(problem)
 
     def _is_mounted(self, volume: NodeVolume, device: Device) -> bool:

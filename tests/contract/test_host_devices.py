@@ -20,7 +20,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CommandFailed, DeadlineReached, OperationPending, PreconditionFailed
-from csi_driver.host import block_devices, ioctls
+from csi_driver.host import block_devices, ioctls, mount_table
 from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host_model import DeviceNumber
@@ -239,6 +239,41 @@ def test_a_mounted_device_is_not_opened_exclusively(machine: HostMachine) -> Non
     machine.mounts.mount(device, machine.place(), "ext4", [], read_only=False)
     with pytest.raises(PreconditionFailed, match="mounted"), quick(machine).open(device, write=True, exclusive=True):
         pass
+
+
+def test_the_users_of_an_open_device_are_named(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mount_table, "_HOLDERS_LIMIT_S", 60)  # a busy machine has many processes to look at
+    _, device = machine.formatted("ext4", 32 * MIB)
+    assert machine.devices.describe_openers(device).startswith("by a program that is not visible here; see `fuser")
+    with device.path.open("rb") as opened:
+        command = ("sleep", "600")
+        with subprocess.Popen(command, stdin=opened) as program, contextlib.ExitStack() as end:
+            end.callback(program.kill)
+            named = machine.devices.describe_openers(device)
+    assert f"pid {program.pid} (sleep)" in named
+    assert f"pid {os.getpid()} (" in named
+    place = machine.place()
+    machine.mounts.mount(device, place, "ext4", [], read_only=False)
+    assert machine.devices.describe_openers(device) == f"by the mount {place}"
+
+
+def test_a_mount_that_another_mount_namespace_keeps_is_named_with_a_process_there(
+    machine: HostMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mount_table, "_HOLDERS_LIMIT_S", 60)
+    _, device = machine.formatted("ext4", 32 * MIB)
+    place = machine.place()
+    machine.mounts.mount(device, place, "ext4", [], read_only=False)
+    command = ("unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 600")
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as program, contextlib.ExitStack() as end:
+        end.callback(program.kill)
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"ready\n"
+        comm = Path(f"/proc/{program.pid}/comm")
+        assert soon(60).wait_until(lambda: comm.read_text() == "sleep\n")
+        machine.mounts.unmount(place)
+        named = machine.devices.describe_openers(device)
+    assert named == f"by the mount {place} seen by pid {program.pid} (sleep)"
 
 
 def test_two_exclusive_opens_exclude_each_other(machine: HostMachine) -> None:

@@ -22,6 +22,7 @@ from csi_driver.host import freeze as freeze_module
 from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.freeze import Freezer, _Mounted
+from csi_driver.host.mount_table import opened_by
 from csi_driver.host.syscalls import closing
 from csi_driver.host_model import DeviceNumber, LoopDevice
 from tests.integration.stalling_disk import stalling_disk
@@ -456,13 +457,12 @@ def test_the_descriptors_of_each_process_are_read_once_for_all_devices(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, read = [machine.volume(name) for name in "abc"], list[str]()
-    opened_by = freeze_module._opened_by
 
     def note(process: Path) -> set[DeviceNumber]:
         read.append(process.name)
         return opened_by(process)
 
-    monkeypatch.setattr(freeze_module, "_opened_by", note)
+    monkeypatch.setattr(freeze_module, "opened_by", note)
     with machine.freezer().held(files, limit_s=LIMIT_S) as end:
         end()
     assert read

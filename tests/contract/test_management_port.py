@@ -466,20 +466,22 @@ def test_a_group_without_reserved_space_has_no_free_bytes(actor: Actor) -> None:
 
 
 def test_an_empty_pool_offers_no_more_than_it_has(actor: Actor) -> None:
-    free = actor.management.raw_free_bytes(deadline=actor.deadline)
-    assert free is not None
+    space = actor.management.raw_space(deadline=actor.deadline)
+    assert space is not None
     # Several targets share the pool, and what does not divide is left out.
-    assert 0 <= POOL_BYTES - free < 100_000
+    assert 0 <= POOL_BYTES - space.free_bytes < 100_000
+    assert 0 <= POOL_BYTES - space.total_bytes < 100_000
 
 
 def test_free_space_shrinks_by_the_created_size(actor: Actor) -> None:
-    before = actor.management.raw_free_bytes(deadline=actor.deadline)
+    before = actor.management.raw_space(deadline=actor.deadline)
     volume = actor.created(capacity_gb=50.0)
-    after = actor.management.raw_free_bytes(deadline=actor.deadline)
+    after = actor.management.raw_space(deadline=actor.deadline)
     assert before is not None
     assert after is not None
     # The pool may be spread over several targets, and what does not divide is left out.
-    assert before - after == pytest.approx(volume.size_bytes, abs=100_000)
+    assert before.total_bytes == after.total_bytes
+    assert before.free_bytes - after.free_bytes == pytest.approx(volume.size_bytes, abs=100_000)
 
 
 @pytest.mark.parametrize(
@@ -493,4 +495,4 @@ def test_free_space_shrinks_by_the_created_size(actor: Actor) -> None:
     ],
 )
 def test_free_space_of_an_absent_class_is_none(actor: Actor, allowed: AllowedDrives) -> None:
-    assert actor.management.raw_free_bytes(allowed, deadline=actor.deadline) is None
+    assert actor.management.raw_space(allowed, deadline=actor.deadline) is None

@@ -282,6 +282,9 @@ class FakeDevices:
         disk = self._host.by_number(device.number)
         return disk is not None and (disk.opened_by_others > 0 or self.is_claimed(device) is True)
 
+    def describe_openers(self, device: Device) -> str:
+        return "by pid 4711 (sh)"
+
     def size_bytes(self, number: DeviceNumber) -> int | None:
         disk = self._host.by_number(number)
         return disk.size_bytes if disk is not None else None

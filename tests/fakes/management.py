@@ -44,6 +44,7 @@ from csi_driver.storage_model import (
     DeviceStatus,
     Layout,
     RaidLevel,
+    RawSpace,
     ReclaimedSpace,
     Reservation,
     ReservationMode,
@@ -436,8 +437,8 @@ class FakeManagement:
             vpg = self._vpgs.get(name)
             return 0 if vpg is None else max(0, vpg.capacity_bytes - self._used(name))
 
-    def raw_free_bytes(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> int | None:
-        with self._request("raw_free_bytes", deadline):
+    def raw_space(self, allowed: AllowedDrives = ALL_DRIVES, *, deadline: Deadline) -> RawSpace | None:
+        with self._request("raw_space", deadline):
             free = self.raw_bytes - sum(_raw(v.size_bytes, v.layout) for v in self._volumes.values())
             for names in (allowed.drives, allowed.targets):
                 known = [self.restricted[name] for name in names if name in self.restricted]
@@ -448,7 +449,7 @@ class FakeManagement:
                 if name is not None and name not in self.restricted:
                     return None
                 free = free if name is None else min(free, self.restricted[name])
-            return free
+            return RawSpace(free, self.raw_bytes)
 
     # --- the machinery ------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ _STATUS_LIMIT_BYTES = 4 << 20
 _USUAL_STATUS_BYTES = 64 << 10
 """A larger buffer is mapped anew for each read, which takes longer than the read."""
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}")
+_OPENER = re.compile(r"^ +[0-9]+\) ([0-9]+) \[(.*)\], mode=", re.MULTILINE)
 _OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=([0-9]{1,10})\n", re.MULTILINE)
 _SIZE_LIMIT_BYTES = 1 << 63
 _REFERENCE_LIMIT = 1 << 16
@@ -135,6 +136,11 @@ def parse_opens(text: str) -> int | None:
     return int(counts[-1]) if counts else None
 
 
+def parse_openers(text: str) -> tuple[str, ...]:
+    """Read the programs in `client_processes`; one that has closed the device may still be listed."""
+    return tuple(f"pid {pid} ({name})" for pid, name in _OPENER.findall(text))
+
+
 def parse_client_uuid(text: str) -> str | None:
     main = _object(text).get("main")
     uuid = main.get("uuid") if isinstance(main, dict) else None
@@ -185,6 +191,9 @@ class StatusFiles:
 
     def opens(self, name: str) -> int | None:
         return parse_opens(_read(f"{self.root}/volumes/{name}/client_processes"))
+
+    def openers(self, name: str) -> tuple[str, ...]:
+        return parse_openers(_read(f"{self.root}/volumes/{name}/client_processes"))
 
     def client(self) -> StorageClient:
         uuid = parse_client_uuid(_read(f"{self.root}/status.json"))

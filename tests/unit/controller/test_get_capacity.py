@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.controller.capacity import allowed_drives
+from csi_driver.controller.capacity import SpaceWatch, allowed_drives
 from csi_driver.controller.ports import TopologyRequirement
 from csi_driver.errors import Exhausted
-from csi_driver.model import DEFAULT_TOPOLOGY_KEY, GIB, MIB, Capability, CapacityRange, Segments
+from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, GIB, MIB, Capability, CapacityRange, Segments
 from csi_driver.parameters.storage_class import parse
-from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, Vpg
+from csi_driver.reporting import EventReason, Subject
+from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, RawSpace, Vpg
 from tests.unit.controller.world import RWX_MOUNT, World
 
 
@@ -198,7 +199,7 @@ def test_capacity_takes_a_bounded_number_of_requests() -> None:
         world.create(f"pvc-{number}")
     world.management.requests.clear()
     room(world, {"vpg": "gold"})
-    assert world.management.requests == ["vpg", "vpg_free_bytes", "raw_free_bytes"]
+    assert world.management.requests == ["vpg", "vpg_free_bytes", "raw_space"]
 
 
 @pytest.mark.parametrize("parameters", [{}, {"raidLevel": "raid1"}, {"raidLevel": "ec"}])
@@ -220,3 +221,52 @@ def test_the_capacities_of_zones_are_summed() -> None:
     assert room(world) == 3 * GIB
     assert room(world, segments={DEFAULT_TOPOLOGY_KEY: "b"}) == 2 * GIB
     assert world.free.capacity((), {}, None, deadline=world.deadline()).maximum_volume_bytes == 2 * GIB
+
+
+class Reports:
+    """Keeps what is reported."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Subject, EventReason, str]] = []
+
+    def report(self, subject: Subject, reason: EventReason, note: str) -> None:
+        self.found.append((subject, reason, note))
+
+
+def test_a_zone_is_reported_when_little_space_is_left_and_not_at_each_volume_around_the_limit() -> None:
+    reports = Reports()
+    watch, reasons = SpaceWatch(reports), []
+    for free_percent in (100, 11, 9, 12, 9, 14, 16, 12, 9):
+        before = len(reports.found)
+        watch.saw("east", RawSpace(free_percent * GIB, 100 * GIB))
+        reasons.append([reason for _, reason, _ in reports.found[before:]])
+    nearly, enough = [EventReason.SPACE_NEARLY_PROMISED], [EventReason.SPACE_AVAILABLE]
+    assert reasons == [[], [], nearly, [], nearly, [], enough, [], nearly]
+    assert len({note for _, reason, note in reports.found if reason in nearly}) == 1
+
+
+def test_space_that_volumes_take_is_reported_with_its_zone() -> None:
+    world, reports = World(), Reports()
+    world.management.raw_bytes, world.free.watch = 100 * GIB, SpaceWatch(reports)
+    room(world)
+    assert not reports.found
+    world.create(capacity=CapacityRange(95 * GIB))
+    room(world)
+    ((subject, reason, note),) = reports.found
+    assert (subject, reason) == (Subject(), EventReason.SPACE_NEARLY_PROMISED)
+    assert DEFAULT_ZONE in note
+
+
+def test_space_of_a_class_that_may_use_some_drives_alone_is_not_reported() -> None:
+    world, reports = World(), Reports()
+    world.free.watch = SpaceWatch(reports)
+    world.management.restricted["fast"] = 0
+    assert room(world, {"diskClasses": "fast"}) == 0
+    assert not reports.found
+
+
+def test_the_watch_on_space_takes_no_request_more() -> None:
+    world = World()
+    world.free.watch = SpaceWatch(Reports())
+    room(world)
+    assert world.management.requests == ["raw_space"]

@@ -87,7 +87,7 @@ def test_volumes_spread_in_proportion_to_free_space() -> None:
 def test_free_space_is_asked_for_once_in_a_while() -> None:
     world = two()
     order(ZonePolicy.FREE_SPACE, ("a", "b"), 100, world)
-    assert world.management.requests.count("raw_free_bytes") == 1
+    assert world.management.requests.count("raw_space") == 1
 
 
 def test_a_repeated_call_meets_the_same_zone_although_space_has_changed_a_little() -> None:

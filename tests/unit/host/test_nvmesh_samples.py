@@ -105,6 +105,12 @@ def test_a_torn_list_of_openers_has_no_count() -> None:
     assert nvmesh.parse_opens(text + "format_version: 1\ntime: 28/11/2026-14:51:00\n") == 10
 
 
+def test_the_programs_that_have_the_device_open_are_named() -> None:
+    text = (SAMPLES / "client_processes").read_text()
+    assert nvmesh.parse_openers(text) == ("pid 4711 (mount)",)
+    assert nvmesh.parse_openers("Processes holding handle:\n  0) 7 [a] b], mode=0x1f\n 1) 8 [") == ("pid 7 (a] b)",)
+
+
 def test_a_program_named_like_the_count_is_ignored() -> None:
     named = "Processes holding handle:\n  0) 7 [Num Processes=0], mode=0x1f\nNum Processes=1, opens=3\n"
     assert nvmesh.parse_opens(named) == 3

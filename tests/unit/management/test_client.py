@@ -22,7 +22,7 @@ from csi_driver.errors import (
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import OneCluster
 from csi_driver.management.codec import decode_client, decode_volume
-from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, ReservationMode, VolumeSpec
+from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, RawSpace, ReservationMode, VolumeSpec
 from tests.unit.management.conftest import Connect
 from tests.unit.management.double import Breaks, ManagementDouble, Says, sample
 
@@ -610,7 +610,8 @@ def test_free_space_counts_the_drives_that_the_server_allocates_on(
     names = {"diskClasses": allowed.drive_classes, "serverClasses": allowed.target_classes}
     for collection, some in names.items():
         server.on("GET", f"/{collection}/all/0/0", Says(found_classes(collection, some, allowed.domain)))
-    assert client.raw_free_bytes(allowed, deadline=deadline) == (None if drives is None else drives * FREE)
+    space = client.raw_space(allowed, deadline=deadline)
+    assert (space and space.free_bytes) == (None if drives is None else drives * FREE)
     filters = {request.path.split("/")[1]: request.query.get("filter") for request in server.received}
     by_name = {kind: {"_id": {"$in": list(some)}} for kind, some in names.items() if some}
     by_domain = {kind: {"domains.scope": allowed.domain} for kind in names} if allowed.domain and not by_name else {}
@@ -632,7 +633,8 @@ def test_the_head_of_a_drive_is_not_free(
     piece = None if largest is None else {"blocks": largest}
     row = drive("d1", availableBlocks=available, largestSegmentAvailable=piece)
     server.on("GET", "/servers/all/0/0", Says([target("t1", row)]))
-    assert client.raw_free_bytes(deadline=deadline) == blocks * 4096
+    space = client.raw_space(deadline=deadline)
+    assert space == RawSpace(blocks * 4096, 125_000 * 4096)
 
 
 def test_a_drive_without_a_number_of_blocks_is_an_invalid_response(
@@ -640,7 +642,7 @@ def test_a_drive_without_a_number_of_blocks_is_an_invalid_response(
 ) -> None:
     server.on("GET", "/servers/all/0/0", Says([target("t1", drive("d1", availableBlocks="many"))]))
     with pytest.raises(StorageUnavailable):
-        client.raw_free_bytes(deadline=deadline)
+        client.raw_space(deadline=deadline)
 
 
 # --- "not found" ----------------------------------------------------------------------------------------

@@ -430,7 +430,7 @@ def test_a_read_without_a_response_does_not_say_that_it_may_have_been_executed(
     client.system_info(deadline=deadline)
     server.on("GET", path, Breaks())
     with pytest.raises(OutcomeUnknown, match="gave no valid response") as caught:
-        client.raw_free_bytes(deadline=deadline) if path != "/systemInfo" else client.system_info(deadline=deadline)
+        client.raw_space(deadline=deadline) if path != "/systemInfo" else client.system_info(deadline=deadline)
     assert "may have been executed" not in str(caught.value)
 
 
