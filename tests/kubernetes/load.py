@@ -104,11 +104,11 @@ def of_claim(name: str) -> Document:
 class Writer:
     """A pod that writes without end, with a second file that stays unchanged."""
 
-    def __init__(self, stage: Stage, cluster: Cluster, name: str) -> None:
+    def __init__(self, stage: Stage, cluster: Cluster, name: str, storage_class: str = "nvmesh-concatenated") -> None:
         """Start it and wait until it writes."""
         self._cluster = cluster
         self.name = name
-        stage.apply([claim(name), user_of(name, script=_SCRIPT)])
+        stage.apply([claim(name, storage_class=storage_class), user_of(name, script=_SCRIPT)])
         cluster.wait_ready(name)
         cluster.wait_for(lambda: self.writes() > 0, f"{name} to write")
         self._kept = self._checksum()
