@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of deploy/examples as the tests use them: as written, but for schedulers that the cluster does not run."""
+"""The files of deploy/examples, which the tests apply as they are."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,8 @@ def files() -> list[Path]:
 
 
 def written(name: str) -> list[Document]:
-    """Return the documents of an example unchanged."""
+    """Return the documents of an example."""
     return [document for document in yaml.safe_load_all((EXAMPLES / name).read_text()) if document is not None]
-
-
-def documents(name: str, schedulers: Collection[str] = ()) -> list[Document]:
-    """Return an example for the cluster of the tests. `schedulers`: additional ones that run there."""
-    changed = copy.deepcopy(written(name))
-    for document in changed:
-        for spec in pod_specs(document):
-            if spec.get("schedulerName") not in schedulers:
-                spec.pop("schedulerName", None)
-    return changed
 
 
 def pod_specs(document: Document) -> Iterator[Document]:

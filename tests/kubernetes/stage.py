@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tests.kubernetes import examples
@@ -34,9 +34,9 @@ class Stage:
         self._before = set(storage.volumes())
         self._snapshots_before = set(storage.snapshots())
 
-    def example(self, name: str, schedulers: Collection[str] = ()) -> list[Document]:
+    def example(self, name: str) -> list[Document]:
         """Apply a file of deploy/examples and return its documents."""
-        return self.apply(examples.documents(name, schedulers))
+        return self.apply(examples.written(name))
 
     def apply(self, documents: Iterable[Document]) -> list[Document]:
         """Apply documents; they are deleted when the test ends."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import yaml
@@ -16,7 +16,6 @@ from tests.kubernetes.storage import Storage
 NAME = "training-set"
 ZONE = "single-zone-cluster"
 GPUS = "nvidia.com/gpu"
-SCHEDULER = "kai-scheduler"
 FORMS: dict[str, Callable[[Document], str]] = {
     "name": lambda volume: NAME,
     "zone:name": lambda volume: f"{ZONE}:{NAME}",
@@ -55,7 +54,7 @@ def test_a_volume_made_by_hand_is_used_under_every_form_of_its_handle_and_kept(
     stage: Stage, cluster: Cluster, storage: Storage, form: str
 ) -> None:
     volume = stage.by_hand(NAME, 2.2)
-    documents = with_handle(examples.documents("static.yaml"), lambda _: FORMS[form](volume))
+    documents = with_handle(examples.written("static.yaml"), lambda _: FORMS[form](volume))
     stage.apply(documents)
     cluster.wait_ready(NAME)
     cluster.wait_for(lambda: cluster.try_exec(NAME, "test", "-s", "/data/sums").status == 0, "the writer to be done")
@@ -77,7 +76,7 @@ def test_many_pods_of_several_namespaces_read_one_volume(
 ) -> None:
     volume = stage.by_hand(NAME, 2.2)
     wanted = filled(stage, cluster)
-    stage.apply(with_handle(examples.documents("read-only-many.yaml"), lambda _: FORMS[form](volume)))
+    stage.apply(with_handle(examples.written("read-only-many.yaml"), lambda _: FORMS[form](volume)))
     for namespace in ("team-vision", "team-speech"):
         assert_many_read(cluster, namespace, wanted)
     assert storage.volumes()[NAME]["reservation"]["mode"] == SHARED_READ_ONLY
@@ -93,7 +92,7 @@ def test_copies_with_handles_of_their_own_leave_a_node_one_after_the_other(
     def handle(document: Document) -> str:
         return f"{ZONE}:{NAME}:{volume['uuid']}:{document['spec']['claimRef']['namespace']}"
 
-    readers = stage.apply(with_handle(examples.documents("read-only-many.yaml"), handle))
+    readers = stage.apply(with_handle(examples.written("read-only-many.yaml"), handle))
     for namespace in ("team-vision", "team-speech"):
         assert_many_read(cluster, namespace, wanted)
     assert references(storage, volume) == {"team-vision", "team-speech"}
@@ -156,23 +155,11 @@ def test_two_pods_write_one_raw_device_as_a_migration_does(stage: Stage, cluster
 
 
 @pytest.fixture
-def schedulers(cluster: Cluster) -> set[str]:
-    """Additional schedulers that run in the cluster."""
-    return {SCHEDULER} if cluster.all("pods", None, "app=scheduler") else set()
-
-
-@pytest.fixture
-def gpus(cluster: Cluster) -> Iterator[None]:
-    """Advertise GPUs on every node, as a device plugin would: the scheduler counts them, no pod uses one."""
-
-    def advertise(count: str | None) -> None:
-        for node in cluster.all("nodes"):
-            change: Document = {"status": {place: {GPUS: count} for place in ("capacity", "allocatable")}}
-            cluster.patch("node", node["metadata"]["name"], change, "default", "--subresource=status")
-
-    advertise("4")
-    yield
-    advertise(None)
+def gpus(cluster: Cluster) -> None:
+    """Advertise GPUs again on nodes whose kubelet was restarted, as `up` and a device plugin do: no pod uses one."""
+    change: Document = {"status": {place: {GPUS: "4"} for place in ("capacity", "allocatable")}}
+    for node in cluster.all("nodes"):
+        cluster.patch("node", node["metadata"]["name"], change, "default", "--subresource=status")
 
 
 def shared(cluster: Cluster, claim: str, new: str) -> list[Document]:
@@ -183,10 +170,8 @@ def shared(cluster: Cluster, claim: str, new: str) -> list[Document]:
 
 
 @pytest.mark.usefixtures("gpus")
-def test_a_data_set_is_built_in_a_notebook_and_read_by_many_training_pods(
-    stage: Stage, cluster: Cluster, schedulers: set[str]
-) -> None:
-    build = stage.example("notebook.yaml", schedulers)
+def test_a_data_set_is_built_in_a_notebook_and_read_by_many_training_pods(stage: Stage, cluster: Cluster) -> None:
+    build = stage.example("notebook.yaml")
     cluster.wait_ready("notebook", "research")
     wanted = cluster.sh("notebook", "cat /data/sums", "research")
     notebook = examples.of_kind("Pod", build)
@@ -200,7 +185,7 @@ def test_a_data_set_is_built_in_a_notebook_and_read_by_many_training_pods(
     assert readers.uuid == volume.uuid
     assert readers.handle == ":".join([*volume.handle.split(":")[:3], "readers"])
 
-    job = stage.example("training.yaml", schedulers)
+    job = stage.example("training.yaml")
     cluster.kubectl(
         "wait", "--for=condition=Complete", "job/training", "-n", "research", "--timeout=400s", timeout_s=420
     )

@@ -175,7 +175,7 @@ def test_a_filesystem_for_several_writing_nodes_is_refused_with_the_reason(stage
 
 
 def test_a_volume_that_does_not_exist_is_named_in_the_pods_events(stage: Stage, cluster: Cluster) -> None:
-    documents = examples.documents("static.yaml")
+    documents = examples.written("static.yaml")
     stage.apply(documents)
     text = cluster.wait_event("training-set", "FailedAttachVolume", "training-set")
     assert "NotFound" in text or "not exist" in text or "no volume" in text
@@ -192,7 +192,7 @@ def test_old_data_on_a_new_volume_is_refused_and_kept(stage: Stage, cluster: Clu
     read = "dd if=/dev/data bs=4096 skip=100000 count=1 2>/dev/null | head -n 1"
     assert cluster.sh("raw-writer", f"{write}; {read}") == "precious"
     cluster.delete([writer])
-    static = examples.documents("static.yaml")
+    static = examples.written("static.yaml")
     for document in static:
         document["metadata"]["name"] = "second-look"
         if document["kind"] == "PersistentVolume":

@@ -31,18 +31,25 @@ KINDS = {
     "storage.k8s.io/v1": {"StorageClass", "VolumeAttributesClass"},
     "snapshot.storage.k8s.io/v1": {"VolumeSnapshotClass", "VolumeSnapshot"},
     "groupsnapshot.storage.k8s.io/v1": {"VolumeGroupSnapshotClass", "VolumeGroupSnapshot"},
+    "scheduling.run.ai/v2": {"Queue"},
     "velero.io/v1": {"Schedule"},
     "volsync.backube/v1alpha1": {"ReplicationSource", "ReplicationDestination"},
 }
 SNAPSHOT_CLASSES = ("VolumeSnapshotClass", "VolumeGroupSnapshotClass")
 CLUSTER_WIDE = {"Namespace", "PersistentVolume", "StorageClass", "VolumeAttributesClass", *SNAPSHOT_CLASSES}
-# Fields of programs that do not run in the test cluster, from the CRDs of Velero 1.18 and VolSync 0.17.
+# Fields of programs that are not in the test cluster: the CRDs of KAI Scheduler 0.13, Velero 1.18 and VolSync 0.17.
 _RESTIC = {
     "repository": str, "copyMethod": str, "cacheCapacity": str, "volumeSnapshotClassName": str, "storageClassName": str,
     "accessModes": list, "capacity": str,
 }  # fmt: skip
+_RCLONE = {
+    "rcloneConfig": str, "rcloneConfigSection": str, "rcloneDestPath": str, "copyMethod": str,
+    "volumeSnapshotClassName": str, "storageClassName": str, "accessModes": list, "capacity": str,
+}  # fmt: skip
+_SHARE = dict.fromkeys(("quota", "limit", "overQuotaWeight"), int)
 _RETAIN = dict.fromkeys(("last", "hourly", "daily", "weekly", "monthly", "yearly"), int)
 FIELDS: dict[str, dict[str, Any]] = {
+    "Queue": {"parentQueue": str, "resources": dict.fromkeys(("gpu", "cpu", "memory"), _SHARE)},
     "Schedule": {
         "schedule": str,
         "template": {"includedNamespaces": list, "snapshotMoveData": bool, "csiSnapshotTimeout": str, "ttl": str},
@@ -55,9 +62,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ReplicationDestination": {
         "trigger": {"schedule": str, "manual": str},
         "restic": {**_RESTIC, "destinationPVC": str, "previous": int, "restoreAsOf": str},
+        "rclone": _RCLONE,
     },
 }
-OF_PROGRAMS = {"velero.yaml", "volsync.yaml"}
+OF_PROGRAMS = {"kai-queues.yaml", "velero.yaml", "volsync.yaml", "volsync-populator.yaml"}
 # Kubernetes' access modes as the provisioner translates them for a driver with SINGLE_NODE_MULTI_WRITER.
 MODES = {
     "ReadWriteOnce": AccessMode.SINGLE_NODE_MULTI_WRITER,
@@ -128,8 +136,9 @@ def test_an_example_names_no_object_twice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_index_explains_an_example(name: str) -> None:
-    assert re.search(rf"(?m)^\| .*\]\({re.escape(name)}\)", (EXAMPLES / "README.md").read_text())
+def test_the_index_says_what_an_example_shows_and_where_to_look(name: str) -> None:
+    rows = re.findall(rf"(?m)^\| \[.*\]\({re.escape(name)}\) \| (.+) \| (.+) \|$", (EXAMPLES / "README.md").read_text())
+    assert len(rows) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_PROGRAMS])
@@ -141,10 +150,9 @@ def test_an_example_is_tried_on_a_cluster(name: str) -> None:
 def test_every_container_has_an_image_of_the_test_cluster() -> None:
     assert examples.IMAGE in images.BUSYBOX_NAMES
     for name in NAMES:
-        for document in examples.documents(name):
+        for document in examples.written(name):
             for spec in examples.pod_specs(document):
                 assert {container["image"] for container in spec["containers"]} == {examples.IMAGE}
-                assert "schedulerName" not in spec
 
 
 def assert_known(given: Document, known: Mapping[str, Any]) -> None:
@@ -212,8 +220,13 @@ def test_snapshots_and_copies_have_a_source_and_a_class_that_an_example_makes() 
         return document["metadata"].get("namespace", "default"), name
 
     def made(kind: str) -> set[tuple[str, str]]:
-        return {place(document, document["metadata"].get("name", "")) for document in every(kind)}
+        return {place(document, document["metadata"].get("name", "")) for document in every(kind)} | of_replicas
 
+    of_replicas = {
+        place(replicas, f"{template['metadata']['name']}-{replicas['metadata']['name']}-0")
+        for replicas in every("StatefulSet")
+        for template in replicas["spec"]["volumeClaimTemplates"]
+    }
     copies = [claim for claim in every("PersistentVolumeClaim") if "dataSource" in claim["spec"]]
     assert len(copies) >= 4
     for claim in copies:
