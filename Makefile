@@ -192,7 +192,7 @@ $(CACHE)/docs: requirements/docs.txt
 	@$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/docs.txt
 
 $(MERMAID): tests/tools/install-mermaid
-	@tests/tools/install-mermaid $@
+	@tests/tools/install-mermaid $@ '$(PYTHON)'
 
 $(SANITY): tests/tools/install-csi-sanity
 	@tests/tools/install-csi-sanity $(SANITY_VERSION) $@ '$(PYTHON)'
