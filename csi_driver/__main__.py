@@ -22,7 +22,7 @@ from csi_driver.telemetry import log
 
 if TYPE_CHECKING:
     from csi_driver.config.csi_commands import VolumeCommand
-    from csi_driver.config.local_commands import StorageCommand
+    from csi_driver.config.local_commands import DoctorCommand, StorageCommand
     from csi_driver.embedded.server import StorageServer
     from csi_driver.host_model import RunningRole
 
@@ -94,11 +94,17 @@ def _run_local_command(command: Command) -> int:
 
             return run_demo(command.settings)
         case DoctorCommand():
-            from csi_driver.local.doctor import run_doctor
-            from csi_driver.local.doctor_checks import checks
-
-            return run_doctor(command.target, checks(command.target.role))
+            return _doctor(command)
     raise AssertionError(command)
+
+
+def _doctor(command: DoctorCommand) -> int:
+    from csi_driver.host.processes import all_running
+    from csi_driver.local.doctor import run_doctor
+    from csi_driver.local.doctor_bundle import ROLES
+    from csi_driver.local.doctor_checks import checks
+
+    return run_doctor(command.target, checks(command.target.role), roles=lambda: list(all_running(ROLES)))
 
 
 def _volume(command: VolumeCommand) -> int:
@@ -130,7 +136,8 @@ def _administer(command: VolumeCommand) -> None:
     with closing(open_clusters(access.clusters_file, access.defaults, ManagementClient)) as clusters:
         admin = VolumeAdmin(clusters)
         if command.action == ALLOW_FORMAT:
-            print(admin.allow_format(command.handle, deadline=deadline))
+            done = admin.allow_format(command.handle, deadline=deadline)
+            print(json.dumps({"done": done}) if command.as_json else done)
         elif command.action == LIST:
             print(json.dumps(admin.listing(deadline=deadline)))
         elif command.as_json:

@@ -307,12 +307,13 @@ def find_running(roles: Sequence[str]) -> RunningRole | None:
 
     Processes of other users are ignored: their arguments name files to read and servers to log in to.
     """
-    found = list(_running(roles))
+    found = list(all_running(roles))
     first = [each for each in found if each.pid == 1]
     return first[0] if first else found[0] if len(found) == 1 else None
 
 
-def _running(roles: Sequence[str]) -> Iterator[RunningRole]:
+def all_running(roles: Sequence[str]) -> Iterator[RunningRole]:
+    """Yield the processes of these roles in this mount namespace and of this user."""
     own = _PROC / "self"
     namespace, users = os.readlink(own / "ns/mnt"), _users(own)
     for directory in _PROC.iterdir():

@@ -7,6 +7,7 @@ It changes nothing. Checks run side by side; one that hangs delays no other and 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Self
 from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, one_line
-from csi_driver.flags import choice, flag, host_name, read_boolean, read_positive_duration, section
+from csi_driver.flags import choice, flag, host_name, read_boolean, read_file, read_positive_duration, section
 from csi_driver.host_model import RunningRole
 from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
 from csi_driver.model import DEFAULT_ZONE
@@ -43,6 +44,20 @@ class Target:
     """The machine or pod to check, as its driver's flags describe it. Times in seconds."""
 
     as_json: bool = flag(False, "--json", read_boolean, "Print the results as JSON.")
+    bundle: Path | None = flag(
+        None,
+        "--bundle",
+        read_file,
+        "Also write a support bundle (tar.gz): the results, versions, pages and logs, without secrets.",
+        shown="none",
+    )
+    scan: bool = flag(
+        False,
+        "--scan",
+        read_boolean,
+        "Make no check: search standard input for the secrets of the roles that run here. Exit status: 1 when one is"
+        " found.",
+    )
     strict: bool = flag(False, "--strict", read_boolean, "Exit with status 1 for warnings, too.")
     timeout_s: float = flag(10.0, "--timeout", read_positive_duration, "Time limit of all checks together.")
     encrypted_volumes: bool = flag(
@@ -121,7 +136,19 @@ class Check:
     fix: str
 
 
-def run_doctor(target: Target, chosen: Sequence[Check], write: Callable[[str], None] = print) -> int:
+def run_doctor(
+    target: Target,
+    chosen: Sequence[Check],
+    write: Callable[[str], None] = print,
+    roles: Callable[[], Sequence[RunningRole]] = tuple,
+) -> int:
+    """`roles`: returns the processes of all roles that run here."""
+    from csi_driver.local import doctor_bundle
+
+    if target.scan:
+        found = doctor_bundle.scan(sys.stdin.buffer.read(), roles())
+        write(json.dumps({"found": found}))
+        return int(bool(found))
     deadline = Deadline.after(target.timeout_s)
     findings = examine(chosen, target, deadline)
     if target.as_json:
@@ -129,6 +156,8 @@ def run_doctor(target: Target, chosen: Sequence[Check], write: Callable[[str], N
     else:
         for line in table(target, findings, deadline.elapsed_s()):
             write(line)
+    if target.bundle is not None:
+        write(doctor_bundle.make(target.bundle, document(target, findings), roles()))
     failing = (Severity.ERROR, Severity.WARNING) if target.strict else (Severity.ERROR,)
     return int(any(finding.severity in failing for finding in findings))
 

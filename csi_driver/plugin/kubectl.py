@@ -22,7 +22,7 @@ CALL_S = 60.0
 _REQUEST_TIMEOUT = "--request-timeout=50s"
 PART_OF = "app.kubernetes.io/part-of=nvmesh-csi"
 _COMPONENT = "app.kubernetes.io/component"
-CONTAINER = "driver"
+CONTAINERS = ("driver", "storage")
 
 
 def dig(document: object, *keys: str) -> Any:  # noqa: ANN401  # a part of a JSON document
@@ -74,11 +74,11 @@ class Kubectl:
     program: Sequence[str] = ("kubectl",)
     shows_progress: bool = field(default_factory=sys.stderr.isatty)
 
-    def run(self, *words: str, timeout_s: float = CALL_S) -> Completed:
+    def run(self, *words: str, timeout_s: float = CALL_S, stdin: bytes = b"") -> Completed:
         if self.shows_progress:
             print(f"\r\033[K{one_line('kubectl ' + ' '.join(words), 78)}", end="", file=sys.stderr, flush=True)
         try:
-            return run_here([*self.program, *self.options, *words], timeout_s=timeout_s)
+            return run_here([*self.program, *self.options, *words], timeout_s=timeout_s, stdin=stdin)
         finally:
             if self.shows_progress:
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -144,9 +144,11 @@ class Driver:
                     return word.partition("=")[2]
         return ""
 
-    def run(self, pod: Document, *words: str, timeout_s: float = CALL_S) -> Completed:
-        where = ("exec", name_of(pod), "-n", dig(pod, "metadata", "namespace"), "-c", CONTAINER)
-        return self.kubectl.run(*where, "--", "nvmesh-csi", *words, timeout_s=timeout_s)
+    def run(self, pod: Document, *words: str, timeout_s: float = CALL_S, stdin: bytes = b"") -> Completed:
+        names = [str(each.get("name")) for each in dig(pod, "spec", "containers") or ()]
+        container = next((name for name in CONTAINERS if name in names), names[0])
+        where = (name_of(pod), "-n", dig(pod, "metadata", "namespace"), "-c", container, *(("-i",) if stdin else ()))
+        return self.kubectl.run("exec", *where, "--", "nvmesh-csi", *words, timeout_s=timeout_s, stdin=stdin)
 
     def volume(self, *words: str, component: str = "controller", node: str = "") -> dict[str, Any]:
         """Run `nvmesh-csi volume` in a pod, a ready one first, and return its document, which may be an error."""
@@ -163,11 +165,11 @@ class Driver:
 
 
 class StorageSilent(DriverError):
-    """The storage could not be asked."""
+    """A command in a pod of the driver gave no answer."""
 
 
 def arguments_of(pod: Document) -> Iterable[str]:
     for container in dig(pod, "spec", "containers") or ():
-        if container.get("name") == CONTAINER:
+        if container.get("name") == CONTAINERS[0]:
             return [str(word) for word in container.get("args") or ()]
     return ()

@@ -7,12 +7,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from csi_driver import driver_version
-from csi_driver.errors import DriverError, InvalidRequest
-from csi_driver.plugin import volumes
+from csi_driver.errors import DriverError, InvalidRequest, PreconditionFailed
+from csi_driver.plugin import acting, volumes
 from csi_driver.plugin.diagnoses import diagnose
 from csi_driver.plugin.kubectl import Kubectl
+from csi_driver.plugin.lost_nodes import plan, show
+from csi_driver.plugin.support import MOST_PODS, Support, lines
 from csi_driver.plugin.why import Reader, document, story
 
 OK, FOUND, UNKNOWN = 0, 1, 2
@@ -21,9 +24,10 @@ _EXIT_STATUS = "exit status: 0 nothing is wrong, 1 something is, 2 it cannot be 
 
 def main(argv: Sequence[str] | None = None, version: str = "") -> int:
     """Run the plugin and return its exit status. `version`: of the one-file build, which has no metadata."""
-    arguments = _parser().parse_args(argv)
+    version = version or driver_version()
+    arguments = _parser(version).parse_args(argv)
     if arguments.command == "version":
-        print(version or driver_version())
+        print(version)
         return OK
     kubectl = Kubectl([option for option in (_option(arguments, name) for name in _GLOBAL) if option])
     try:
@@ -45,7 +49,7 @@ def _option(arguments: argparse.Namespace, name: str) -> str:
     return f"--{name}={value}" if value else ""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(version: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kubectl nvmesh", description="Look at volumes of the NVMesh CSI driver.", epilog=_EXIT_STATUS
     )
@@ -64,9 +68,80 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("-n", "--namespace", default="", help="Default: that of the context.")
     asking.add_argument("-o", "--output", choices=("text", "json"), default="text")
     asking.set_defaults(run=_why)
+    checking = commands.add_parser("doctor", help="Show what the doctor finds in the driver's pods; write a bundle.")
+    checking.add_argument("--bundle", metavar="FILE", help="Write a support bundle (tar.gz) without secrets.")
+    checking.add_argument(
+        "--unsearched", action="store_true", help="Write it even if pods that do not run cannot search it for secrets."
+    )
+    checking.add_argument("--nodes", type=int, default=MOST_PODS, help="Nodes to look at, unready ones first.")
+    checking.set_defaults(run=_doctor, version=version)
+    _add_actions(commands)
     tree = commands.add_parser("snapshots", help="Show volumes with their snapshots and copies.")
     tree.set_defaults(run=_volumes, namespace="", output="table", tree=True)
     return parser
+
+
+def _add_actions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    holding = commands.add_parser("holders", help="Show who holds a volume: storage, Kubernetes, mounts, processes.")
+    holding.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    holding.set_defaults(run=_holders)
+    allowing = commands.add_parser("allow-format", help="Allow the next attachment to format over old data, once.")
+    allowing.add_argument("--yes", action="store_true", help="Do not ask.")
+    allowing.set_defaults(run=_allow_format)
+    releasing = commands.add_parser("release", help="Release a volume of a lost node, if the node is lost.")
+    releasing.add_argument("--node", required=True, help="Name of the lost node.")
+    releasing.add_argument("--yes", action="store_true", help="Do it. Without it the commands are shown only.")
+    releasing.set_defaults(run=_release)
+    for each in (holding, allowing, releasing):
+        each.add_argument("name", metavar="CLAIM|PV|HANDLE")
+        each.add_argument("-n", "--namespace", default="", help="Of the claim. Default: that of the context.")
+
+
+def _doctor(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
+    support = Support(kubectl, arguments.nodes)
+    driver, pods = support.pods()
+    found = list(support.findings(driver, pods))
+    print("\n".join(lines(found)) or f"no problem found in {len(pods)} pods")
+    if arguments.bundle:
+        support.collect(driver, pods, arguments.version)
+        print(support.write(Path(arguments.bundle), driver, unsearched=arguments.unsearched))
+    return FOUND if any(each["severity"] == "error" for _, each in found) else OK
+
+
+def _target(kubectl: Kubectl, arguments: argparse.Namespace) -> acting.Target:
+    return acting.Target.find(kubectl, arguments.name, arguments.namespace or kubectl.namespace())
+
+
+def _holders(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
+    found = acting.holders(_target(kubectl, arguments))
+    print(json.dumps(found, indent=2) if arguments.output == "json" else "\n".join(acting.describe(found)))
+    return UNKNOWN if any("error" in each for each in found["nodes"].values()) else OK
+
+
+def _allow_format(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
+    target = _target(kubectl, arguments)
+    print("\n".join(acting.loss(target, target.driver.volume("show", target.handle))))
+    if not arguments.yes and input(f"Type the name {arguments.name} to allow it: ") != arguments.name:
+        print("nothing was changed")
+        return FOUND
+    done = target.driver.volume("allow-format", target.handle)
+    print(done.get("done") or f"kubectl nvmesh: {done['error']}")
+    return OK if "done" in done else FOUND
+
+
+def _release(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
+    found = plan(_target(kubectl, arguments).facts(arguments.node))
+    print("\n".join(show(found)))
+    if not found.commands:
+        return OK if found.is_done else FOUND
+    if not arguments.yes:
+        print("nothing was changed: --yes does it")
+        return OK
+    if plan(_target(kubectl, arguments).facts(arguments.node)) != found:
+        raise PreconditionFailed("the state has changed meanwhile; try again")
+    for command in found.commands:
+        print(kubectl.text(*command), end="")
+    return OK
 
 
 def _volumes(kubectl: Kubectl, arguments: argparse.Namespace) -> int:

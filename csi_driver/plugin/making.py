@@ -207,9 +207,9 @@ def no_consumer(case: Case) -> Iterator[Finding]:
 
 def not_provisioned(case: Case) -> Iterator[Finding]:
     """A refusal of the driver or the provisioner."""
-    if not case.is_pending or case.claim is None:
+    if not case.is_pending or case.claim is None or case.storage_class is None:
         return
-    event = case.event("PersistentVolumeClaim", case.claim, "ProvisioningFailed", "VolumeMismatch")
+    event = case.event("PersistentVolumeClaim", case.claim, "ProvisioningFailed")
     if event is not None:
         yield explained(case.subject, _provisioning(str(event.get("message"))))
 

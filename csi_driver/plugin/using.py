@@ -19,12 +19,12 @@ from csi_driver.plugin.cases import (
     waits_for_volume,
 )
 from csi_driver.plugin.kubectl import condition, dig, is_ready, is_terminating, name_of
+from csi_driver.plugin.lost_nodes import OUT_OF_SERVICE
 from csi_driver.plugin.volumes import node_ids
 
 _OF_THE_VOLUME = re.compile(r'(?:failed for volume|for volume|volume) "([^"]+)"')
 _MOUNT_EVENTS = ("FailedMount", "FailedMapVolume", "FailedAttachVolume")
-_OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
-_TAINT = f"kubectl taint nodes NODE {_OUT_OF_SERVICE}=nodeshutdown:NoExecute"
+_TAINT = f"kubectl taint nodes NODE {OUT_OF_SERVICE}=nodeshutdown:NoExecute"
 
 
 # --- the storage -----------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def node_is_down(case: Case) -> Iterator[Finding]:
             )
         elif node is not None and not is_ready(node):
             ready = condition(node, "Ready")
-            is_marked = any(each.get("key") == _OUT_OF_SERVICE for each in dig(node, "spec", "taints") or ())
+            is_marked = any(each.get("key") == OUT_OF_SERVICE for each in dig(node, "spec", "taints") or ())
             yield Finding(
                 f"node {name}",
                 f"is not Ready: {ready.get('message') or ready.get('status')}",

@@ -32,6 +32,7 @@ KUBECTL: Mapping[str, frozenset[str]] = {
         "exec": "--namespace --container -n -c",
         "get": "--namespace --output --all-namespaces --field-selector --selector --sort-by --raw -n -o -A -L -l -w",
         "label": "--overwrite --namespace -n",
+        "nvmesh": "--namespace --output --tree --node --nodes --yes --bundle --unsearched --context -n -o",
         "logs": "--namespace --container --since --previous --selector -n -c -l",
         "patch": "--type --patch --namespace -n -p",
         "rollout": "--namespace -n",
