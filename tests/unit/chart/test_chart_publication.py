@@ -294,7 +294,7 @@ def test_only_what_was_built_for_the_registry_is_published(
 @pytest.mark.tool
 @pytest.mark.skipif(helm() is None, reason="needs helm: make helm")
 def test_every_image_of_a_rendered_chart_is_in_the_list() -> None:
-    sets = [f"sidecars.{name}.enabled=true" for name in ("registrar", "livenessprobe")]
+    sets = [f"sidecars.{name}.enabled=true" for name in ("registrar", "livenessprobe")] + ["csiAddons.enabled=true"]
     rendered = subprocess.run(
         [
             str(helm()), "template", "x", str(CHART),

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 PRIVILEGED = {"node/driver", "storage/storage"}
-AS_ROOT = PRIVILEGED | {"node/registrar", "node/livenessprobe"}
+AS_ROOT = PRIVILEGED | {"node/registrar", "node/livenessprobe", "node/csi-addons"}
 """Root without a capability, as the sockets on the node are root's."""
 
 

@@ -45,6 +45,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "sidecars of the node": ((*NVMESH, "sidecars.registrar.enabled=true", "sidecars.livenessprobe.enabled=true"), {}),
     "node on the host's network": ((*NVMESH, "node.hostNetwork=true", "sidecars.livenessprobe.enabled=true"), {}),
+    "CSI-Addons": ((*NVMESH, "csiAddons.enabled=true", "rbac.secrets.namespaces={keys}"), {}),
     "label and taint": ((*NVMESH, "node.nodeLabel=true", "node.startupTaint.enabled=true"), {}),
     "node without rights": ((*NVMESH, "node.preStop.enabled=false", "events.enabled=false"), {}),
     "node with rights for events": ((*NVMESH, "node.preStop.enabled=false"), {}),

@@ -22,7 +22,7 @@
 
 {{/* "true" where the node's pod talks to the API server. */}}
 {{- define "nvmesh-csi.nodeUsesApi" -}}
-{{- if or .Values.node.nodeLabel .Values.node.startupTaint.enabled .Values.node.preStop.enabled .Values.events.enabled -}}true{{- end -}}
+{{- if or .Values.node.nodeLabel .Values.node.startupTaint.enabled .Values.node.preStop.enabled .Values.events.enabled .Values.csiAddons.enabled -}}true{{- end -}}
 {{- end -}}
 
 {{/* Host directories of the node's container, in addition to kubelet's and /dev, as a list of {path, mode} in

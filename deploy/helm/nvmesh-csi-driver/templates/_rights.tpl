@@ -117,6 +117,24 @@ subjects:
 - {apiGroups: [storage.k8s.io], resources: [csidrivers], resourceNames: [{{ .Values.driverName | quote }}], verbs: [get]}
 {{- end -}}
 
+{{/* The sidecar of CSI-Addons: volumes by name, and the tokens of its controller. */}}
+{{- define "nvmesh-csi.addonsRules" -}}
+- {apiGroups: [""], resources: [persistentvolumes], verbs: [get]}
+- {apiGroups: [authentication.k8s.io], resources: [tokenreviews], verbs: [create]}
+{{- end -}}
+
+{{/* Its object of each pod, which belongs to the pod or its DaemonSet; OpenShift asks for the right to block the owner. */}}
+{{- define "nvmesh-csi.addonsNamespacedRules" -}}
+- {apiGroups: [csiaddons.openshift.io], resources: [csiaddonsnodes], verbs: [get, watch, create, update]}
+- {apiGroups: [""], resources: [pods], verbs: [get]}
+{{- if eq .role "controller" }}
+- {apiGroups: [apps], resources: [replicasets], verbs: [get]}
+{{ include "nvmesh-csi.leaseRules" . }}
+{{- else }}
+- {apiGroups: [apps], resources: [daemonsets/finalizers], verbs: [update]}
+{{- end -}}
+{{- end -}}
+
 {{- define "nvmesh-csi.nodeRules" -}}
 {{- $node := .Values.node -}}
 {{- $rules := list -}}

@@ -99,6 +99,42 @@ securityContext: {{- mergeOverwrite $own (deepCopy $all.securityContext) | toYam
     - {name: {{ .mount }}, mountPath: /run/csi}
 {{- end -}}
 
+{{/* The sidecar of CSI-Addons in a pod. Call with (dict "root" $ "role" NAME "port" PORT "asRoot" BOOL). */}}
+{{- define "nvmesh-csi.addonsSidecar" -}}
+{{- $all := .root.Values.sidecars -}}
+- name: csi-addons
+  {{- include "nvmesh-csi.sidecarContainer" (dict "root" .root "name" "csiAddons" "asRoot" .asRoot) | nindent 2 }}
+  args:
+    - --csi-addons-address=unix:///run/csi-addons/csi-addons.sock
+    - --controller-port={{ int .port }}
+    - --node-id=$(NODE_NAME)
+    - --pod=$(POD_NAME)
+    - --namespace=$(NAMESPACE)
+    - --pod-uid=$(POD_UID)
+    - --stagingpath={{ trimSuffix "/" .root.Values.kubeletDirectory }}/plugins/kubernetes.io/csi
+    - --timeout={{ int $all.csiAddons.timeoutSeconds }}s
+    {{- if eq .role "controller" }}
+    - --leader-election-namespace=$(NAMESPACE)
+    - --leader-election-lease-duration={{ int $all.leaderElection.leaseDurationSeconds }}s
+    - --leader-election-renew-deadline={{ int $all.leaderElection.renewDeadlineSeconds }}s
+    - --leader-election-retry-period={{ int $all.leaderElection.retryPeriodSeconds }}s
+    {{- end }}
+    - --v={{ int $all.logVerbosity }}
+    {{- range $all.csiAddons.extraArgs }}
+    - {{ . | quote }}
+    {{- end }}
+  env:
+    {{- include "nvmesh-csi.sidecarEnv" .root | nindent 4 }}
+    - name: NODE_NAME
+      valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+    - name: POD_UID
+      valueFrom: {fieldRef: {fieldPath: metadata.uid}}
+  ports:
+    - {name: csi-addons, containerPort: {{ int .port }}}
+  volumeMounts:
+    - {name: csi-addons, mountPath: /run/csi-addons}
+{{- end -}}
+
 {{- define "nvmesh-csi.provisionerArgs" -}}
 {{- $sidecar := .Values.sidecars.provisioner -}}
 - --timeout={{ int $sidecar.timeoutSeconds }}s
