@@ -65,7 +65,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
         "mounts": _methods("mount", "bind", "unmount", reads="at table of_device twins reaches_host"),
         "filesystems": _methods(
             "wipe", "make", "change_btrfs_uuid", "check", "grow_unmounted", "grow_mounted",
-            reads="supported probe first_data recorded_bytes usage",
+            reads="supported probe first_data recorded_bytes usage trim",
         ),
         "probes": _methods(reads="dead device filesystem"),
         "paths": _methods("make_directory", "make_file", "set_mode", "remove", reads="check kind"),

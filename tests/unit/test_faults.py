@@ -15,6 +15,7 @@ from csi_driver.errors import SystemCallFailed
 from csi_driver.node import service
 from csi_driver.node.node_info import NodeZone
 from csi_driver.node.ports import Tools
+from csi_driver.reporting import Reporter
 from csi_driver.settings import NodeSettings
 from tests import faults
 from tests.fakes.node import FakeNode
@@ -28,7 +29,7 @@ def port_protocols() -> dict[str, Any]:
     hints = get_type_hints(service.assemble)
     del hints["return"]
     kinds = {name: next(k for k in getattr(hint, "__args__", (hint,))) for name, hint in hints.items()}
-    return {name: kind for name, kind in kinds.items() if kind not in (NodeSettings, Tools, NodeZone)}
+    return {name: kind for name, kind in kinds.items() if kind not in (NodeSettings, Tools, NodeZone, Reporter)}
 
 
 def test_every_port_is_declared() -> None:
