@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import (
+    ContentRefused,
     DeadlineReached,
+    GrowsAtNextMount,
     HostFailure,
     InvalidField,
     PreconditionFailed,
@@ -246,7 +248,7 @@ class FakeFilesystems:
         self._host.step("before check")
         held.checks += 1
         if held.is_damaged:
-            raise PreconditionFailed(f"the {fs_type} on {device.path} needs manual repair")
+            raise ContentRefused(f"the {fs_type} on {device.path} needs manual repair")
         self._host.step("after check")
         return held.size_bytes
 
@@ -267,7 +269,7 @@ class FakeFilesystems:
         if entry is None or entry.disk is None or entry.read_only or entry.disk.superblock_read_only:
             raise HostFailure(f"{path} cannot be grown")
         if fs_type == "ext4" and not self._host.can_grow_mounted_ext4:
-            raise PreconditionFailed("ext4 does not grow while mounted: CAP_SYS_RESOURCE is missing")
+            raise GrowsAtNextMount("ext4 does not grow while mounted: CAP_SYS_RESOURCE is missing")
         held = self._held(device, fs_type)
         self._host.step("before grow")
         held.size_bytes = device.size_bytes

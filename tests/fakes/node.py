@@ -12,7 +12,7 @@ from typing import Any
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import StorageUnavailable
-from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess, Usage
+from csi_driver.model import EMPTY, AccessMode, BlockAccess, Capability, CapacityRange, Claim, MountAccess, Usage
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.concurrency import Watchdog
 from csi_driver.node.service import NodeUseCases, assemble
@@ -22,6 +22,7 @@ from csi_driver.settings import NodeSettings
 from csi_driver.thread_pool import Job
 from tests.fakes.disks import MIB
 from tests.fakes.host import FakeClock, FakeHost
+from tests.fakes.reports import Reports
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"
 OTHER_UUID = "77777777-9d1b-4b7e-8f6b-3f1d2c5b7a90"
@@ -74,6 +75,7 @@ class FakeNode:
     def __init__(self, *, heavy_operations: int = 4, settings: NodeSettings | None = None) -> None:
         self.host = FakeHost()
         self.clock = FakeClock()
+        self.reports = Reports()
         self.records = FakeUsageRecords(self.host)
         self.settings = settings or NodeSettings(
             node_name="node-1", state_directory=Path("/nowhere"), heavy_operations=heavy_operations
@@ -96,6 +98,7 @@ class FakeNode:
             tools=self.host.tools,
             settings=self.settings,
             records=self.records,
+            reporter=self.reports,
         )
         return self.use
 
@@ -184,6 +187,7 @@ def publish_context(
     encryption: Encryption = Encryption.NONE,
     inherited: tuple[str, ...] | None = None,
     private_copy: bool = False,
+    claim: Claim | None = None,
 ) -> dict[str, str]:
     """Return the publish context; by default of a new volume in its first attachment.
 
@@ -191,5 +195,5 @@ def publish_context(
     """
     return PublishContext(
         name, uuid, attachment, history, read_only, size_bytes, encryption, format_allowed=format_allowed,
-        populated=inherited is not None, inherited_uuids=inherited or (), private_copy=private_copy,
+        populated=inherited is not None, inherited_uuids=inherited or (), private_copy=private_copy, claim=claim,
     ).as_map()  # fmt: skip

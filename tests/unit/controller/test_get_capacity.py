@@ -12,6 +12,7 @@ from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, GIB, MIB, Capab
 from csi_driver.parameters.storage_class import parse
 from csi_driver.reporting import EventReason, Subject
 from csi_driver.storage_model import AllowedDrives, Layout, RaidLevel, RawSpace, Vpg
+from tests.fakes.reports import Reports
 from tests.unit.controller.world import RWX_MOUNT, World
 
 
@@ -223,16 +224,6 @@ def test_the_capacities_of_zones_are_summed() -> None:
     assert world.free.capacity((), {}, None, deadline=world.deadline()).maximum_volume_bytes == 2 * GIB
 
 
-class Reports:
-    """Keeps what is reported."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[Subject, EventReason, str]] = []
-
-    def report(self, subject: Subject, reason: EventReason, note: str) -> None:
-        self.found.append((subject, reason, note))
-
-
 def test_a_zone_is_reported_when_little_space_is_left_and_not_at_each_volume_around_the_limit() -> None:
     reports = Reports()
     watch, reasons = SpaceWatch(reports), []
@@ -246,27 +237,19 @@ def test_a_zone_is_reported_when_little_space_is_left_and_not_at_each_volume_aro
 
 
 def test_space_that_volumes_take_is_reported_with_its_zone() -> None:
-    world, reports = World(), Reports()
-    world.management.raw_bytes, world.free.watch = 100 * GIB, SpaceWatch(reports)
+    world = World()
+    world.management.raw_bytes = 100 * GIB
     room(world)
-    assert not reports.found
+    assert not world.reports.found
     world.create(capacity=CapacityRange(95 * GIB))
     room(world)
-    ((subject, reason, note),) = reports.found
+    subject, reason, note = world.reports.one()
     assert (subject, reason) == (Subject(), EventReason.SPACE_NEARLY_PROMISED)
     assert DEFAULT_ZONE in note
 
 
 def test_space_of_a_class_that_may_use_some_drives_alone_is_not_reported() -> None:
-    world, reports = World(), Reports()
-    world.free.watch = SpaceWatch(reports)
+    world = World()
     world.management.restricted["fast"] = 0
     assert room(world, {"diskClasses": "fast"}) == 0
-    assert not reports.found
-
-
-def test_the_watch_on_space_takes_no_request_more() -> None:
-    world = World()
-    world.free.watch = SpaceWatch(Reports())
-    room(world)
-    assert world.management.requests == ["raw_space"]
+    assert not world.reports.found

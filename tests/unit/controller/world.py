@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csi_driver.controller.capacity import ExpandVolume, GetCapacity
+from csi_driver.controller.capacity import ExpandVolume, GetCapacity, SpaceWatch
 from csi_driver.controller.create_volume import CreateVolume
 from csi_driver.controller.delete_volume import DeleteVolume
 from csi_driver.controller.features import Readiness, ZoneFeatures
@@ -35,6 +35,7 @@ from csi_driver.rpc.wire import VolumeList
 from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Volume
 from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid
+from tests.fakes.reports import Reports
 
 PVC = "pvc-01234567-89ab-cdef-0123-456789abcdef"
 RWO = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)
@@ -68,16 +69,17 @@ class World:
         self.zones: dict[str, FakeManagement] = beside.zones if beside is not None else made
         self.management = self.zones[zones[0]]
         self.settings = settings or ControllerSettings()
+        self.reports = Reports()
         self.clusters = FakeClusters(management or self.zones)
         self.snapshots = Snapshots(self.clusters, ZoneFeatures(self.clusters))
         self.creation = CreateVolume(self.clusters, self.settings, self.snapshots, pool)
         self.deletion = DeleteVolume(self.clusters, self.settings)
-        self.publication = PublishVolume(self.clusters, self.settings)
-        self.unpublication = UnpublishVolume(self.clusters, self.settings)
+        self.publication = PublishVolume(self.clusters, self.settings, self.reports)
+        self.unpublication = UnpublishVolume(self.clusters, self.settings, self.reports)
         self.expand = ExpandVolume(self.clusters)
         self.modify = ModifyVolume(self.clusters)
         self.listing = ListVolumes(self.clusters, self.settings)
-        self.free = GetCapacity(self.clusters, self.settings)
+        self.free = GetCapacity(self.clusters, self.settings, SpaceWatch(self.reports))
         self.validation = ValidateVolume(self.clusters)
         self.readiness = Readiness(ZoneFeatures(self.clusters))
 
