@@ -93,10 +93,15 @@ def test_missing_rights_are_logged_once(api: Api, caplog: pytest.LogCaptureFixtu
 
 def test_an_api_server_that_hangs_holds_up_neither_a_finding_nor_the_end(api: Api) -> None:
     api.cluster.faults = ["hang"]
-    with EventRecorder(api.client(), DRIVER, "node-1", "node-1") as recorder:
+    with EventRecorder(api.client(timeout_s=60), DRIVER, "node-1", "node-1") as recorder:
         for number in range(3):
             recorder.report(Subject(), EventReason.MOUNT_LOST, f"mount {'x' * number}")
         sent(api, 1)
-    assert not events_of(api)
+    thread = recorder.worker._thread
+    assert thread is not None
+    assert thread.is_alive()
     recorder.report(Subject(), EventReason.MOUNT_LOST, "after the end")
-    assert len(api.cluster.requests) == 1
+    api.cluster.released.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert (len(api.cluster.requests), events_of(api)) == (1, [])
