@@ -29,6 +29,7 @@ from csi_driver.telemetry.pages import serving
 if TYPE_CHECKING:
     from csi_driver.controller.features import ZoneFeatures
     from csi_driver.controller.ports import Clusters
+    from csi_driver.management.clusters import FileClusters, OneCluster
     from csi_driver.node.node_info import NodeZone
     from csi_driver.node.ports import Attachments
     from csi_driver.node.service import NodeUseCases
@@ -68,7 +69,7 @@ def _exit_now() -> None:
     os._exit(0)
 
 
-def _connect(access: ManagementAccess, requests: metrics.ManagementMetrics) -> Clusters:
+def _connect(access: ManagementAccess, requests: metrics.ManagementMetrics) -> OneCluster | FileClusters:
     from csi_driver.management.client import ManagementClient
     from csi_driver.management.clusters import open_clusters
 
@@ -108,12 +109,21 @@ def _run_controller(command: ControllerCommand, reporter: Reporter) -> int:
 
     def background(boundary: Boundary) -> AbstractContextManager[object]:
         self_check = SelfCheck(command.endpoint.socket)
-        return serving(
+        pages = serving(
             command.http,
             healthy={"csi": self_check.why_silent},
             ready={"csi": self_check.why_not_ready, "management": readiness.why_unreachable},
             measurements=[*own, *boundary.measurements(), *requests.measurements()],
         )
+        with ExitStack() as running:
+            running.enter_context(pages)
+            if command.status is not None:
+                from csi_driver.controller.status import ClusterStatus
+                from csi_driver.status_page.server import serving_status
+
+                status = ClusterStatus(clusters, settings.driver_name)
+                running.enter_context(serving_status(command.status, status))
+            return running.pop_all()
 
     identity = services.IdentityService(settings.driver_name, driver_version, ready.is_ready, features)
     others = services.GroupControllerService(use_cases), services.SnapshotMetadataService(use_cases)

@@ -122,6 +122,16 @@ HTTP_LISTEN: Flag[HttpSettings | None] = Flag(
 )
 
 
+STATUS_LISTEN: Flag[HttpSettings | None] = Flag(
+    None,
+    "--status-listen",
+    read_http_listen,
+    "Loopback address of the status page, http://HOST:PORT/status/; port 0 = any free port. In a pod it is reached by"
+    " kubectl port-forward.",
+    "none, disabled",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
     host: str = flag(

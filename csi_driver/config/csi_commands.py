@@ -25,7 +25,7 @@ from csi_driver.flags import (
     required,
     section,
 )
-from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
+from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings, is_loopback
 from csi_driver.telemetry.log import LogSettings
 
 ALLOW_FORMAT, SHOW, LIST, HOLDERS = "allow-format", "show", "list", "holders"
@@ -93,11 +93,17 @@ class ControllerCommand(ClusterCommand):
     events: bool = settings.EVENTS.field()
     api: settings.ApiSettings = section(settings.ApiSettings)
     http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
+    status: settings.HttpSettings | None = settings.STATUS_LISTEN.field()
     log: LogSettings = section(LogSettings)
 
     def problems(self, values: Values) -> Iterator[str]:
         yield from self.access.problems()
         yield from _without_api(self.api, {"--events": self.events})
+        if self.status is not None and not is_loopback(self.status.host):
+            yield (
+                f"--status-listen {self.status}: expected 127.0.0.1 or ::1, as passwords cross the network unencrypted"
+                " to any other address"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Store
 from csi_driver.errors import HostFailure
 from csi_driver.status_page import model as shown
-from csi_driver.status_page.model import PAGE_ROWS, Part, Wanted, readable
+from csi_driver.status_page.model import Part, Wanted, numbered_part, place_in, readable
 
 R = TypeVar("R")
 Row = TypeVar("Row")
@@ -54,6 +54,7 @@ class EmbeddedStatus:
     sessions: Sessions
     pool_bytes: Callable[[], Mapping[str, int]]
     loops: Sequence[Background]
+    is_ordered: bool = True
 
     @property
     def title(self) -> str:
@@ -98,17 +99,17 @@ class EmbeddedStatus:
 
     def _part(self, table: Table[R], wanted: Wanted, index: str, form: Callable[[R], Row]) -> Part[Row]:
         below, total = self.store.span(table, wanted.prefix, index)
-        number, before, count = _place(wanted.at, total)
+        number, before, count = place_in(total, wanted.at)
         skip = total - before - count if wanted.descending else before
         rows = self.store.page(table, "", below + skip, count, index) if count else []
-        return _part([form(row) for row in (reversed(rows) if wanted.descending else rows)], number, before, total)
+        return numbered_part([form(row) for row in (reversed(rows) if wanted.descending else rows)], number, total)
 
     def volume(self, zone: str, name: str, at: str) -> shown.VolumeDetails | None:
         volume = self.store.get(VOLUMES, name)
         if volume is None:
             return None
         _, total = self.store.span(SNAPSHOTS, "", volume.uuid)
-        number, before, count = _place(at, total)
+        number, before, count = place_in(total, at)
         rows = self.store.page(SNAPSHOTS, "", before, count, volume.uuid) if count else []
         copies = (shown.Snapshot(*_snapshot_values(row), self._copies(row.uuid)) for row in rows)
         return shown.VolumeDetails(
@@ -116,7 +117,7 @@ class EmbeddedStatus:
             facts=list(self._facts(volume)),
             attachments=list(self._attachments_of(volume)),
             ancestors=self._ancestors(volume),
-            snapshots=_part(list(copies), number, before, total),
+            snapshots=numbered_part(list(copies), number, total),
             copies=self._copies(volume.uuid),
         )
 
@@ -182,9 +183,9 @@ class EmbeddedStatus:
 
     def attachments(self, zone: str, node: str, at: str) -> Part[shown.Attachment]:
         total = self.store.count(ATTACHMENTS, node)
-        number, before, count = _place(at, total)
+        number, before, count = place_in(total, at)
         rows = self.store.page(ATTACHMENTS, "", before, count, grouping=node) if count else []
-        return _part([self._attachment(row.volume, row.uuid, node, row) for row in rows], number, before, total)
+        return numbered_part([self._attachment(row.volume, row.uuid, node, row) for row in rows], number, total)
 
     def _attachments_of(self, volume: Volume) -> Iterable[shown.Attachment]:
         for client in self.store.all(CLIENTS):
@@ -216,18 +217,6 @@ def _state_of(wanted: Attachment | None, report: Report | None) -> str:
     if report is not None and report.status == RESERVATION_DENIED:
         return "reservation denied"
     return "attached" if report is not None and report.status == ATTACHED else "attaching"
-
-
-def _place(at: str, total: int) -> tuple[int, int, int]:
-    """Return the number of a part, of how many rows it comes behind, and its rows; the first one for an unknown one."""
-    number = int(at) if at.isascii() and at.isdigit() and len(at) < 10 and int(at) * PAGE_ROWS < total else 0
-    before = number * PAGE_ROWS
-    return number, before, min(PAGE_ROWS, total - before)
-
-
-def _part(rows: Sequence[Row], number: int, before: int, total: int) -> Part[Row]:
-    following = str(number + 1) if before + PAGE_ROWS < total else None
-    return Part(rows, total, before + 1, str(number - 1) if number else None, following)
 
 
 def _volume(volume: Volume) -> shown.Volume:

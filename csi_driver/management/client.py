@@ -27,8 +27,9 @@ from csi_driver.management import codec, free_capacity
 from csi_driver.management.failover import ManagementServers
 from csi_driver.management.failures import Meaning, NotLarger, Operation, failure_of
 from csi_driver.management.requests import SORTED, Change, payload_of, projection, taken
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.settings import Credentials, ManagementSettings
 from csi_driver.management.snapshots import SnapshotRequests
+from csi_driver.management.transport import Request
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.storage_model import (
     ALL_DRIVES,
@@ -53,6 +54,7 @@ _SUMMARY_PROJECTION = projection(codec.SUMMARY_FIELDS)
 _VOLUME_PROJECTION = projection(codec.VOLUME_FIELDS)
 _CLIENT_PROJECTION = projection((*codec.CLIENT_FIELDS, "attachments", "block_devices"))
 _DESIRED_PROJECTION = projection((*codec.CLIENT_FIELDS, "attachments"))
+_STATE_PROJECTION = projection(codec.CLIENT_FIELDS)
 _TARGET_PROJECTION = projection(free_capacity.TARGET_FIELDS)
 _CLASS_PROJECTION = projection(free_capacity.CLASS_FIELDS)
 
@@ -116,6 +118,9 @@ class ManagementClient(SnapshotRequests):
     def clients(self, *, with_devices: bool = True, deadline: Deadline) -> list[Client]:
         return self._clients(None, None, deadline, with_devices=with_devices)
 
+    def client_states(self, *, deadline: Deadline) -> list[Client]:
+        return [codec.decode_client(row) for row in self._list("clients", deadline, f"{SORTED}&{_STATE_PROJECTION}")]
+
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:
         """Ask for desired attachments and devices at once: of a client both are of one moment."""
         if not is_uuid(volume_uuid):
@@ -145,6 +150,17 @@ class ManagementClient(SnapshotRequests):
             condition = free_capacity.class_filter(names, domain)
             classes.append([] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition))
         return free_capacity.raw_space(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
+
+    def raw_capacity(self, *, deadline: Deadline) -> tuple[int, int]:
+        targets = self._list("servers", deadline, _TARGET_PROJECTION)
+        return free_capacity.total_bytes(targets), free_capacity.free_bytes(targets, ALL_DRIVES, (), ()) or 0
+
+    def volume_count(self, *, deadline: Deadline) -> int | None:
+        counted = self._servers.send(Request("GET", "/volumes/count"), deadline)
+        return counted if isinstance(counted, int) and not isinstance(counted, bool) else None
+
+    def accepts(self, username: str, password: str, *, deadline: Deadline) -> bool:
+        return self._servers.accepts(Credentials(username, password), deadline)
 
     def create_volume(self, spec: VolumeSpec, *, deadline: Deadline) -> Volume | str | None:
         """Create a volume; without a response, look the name up, and send the request to another server if one works.

@@ -25,7 +25,7 @@ from csi_driver.management.server_session import (
     is_retired,
     response_body,
 )
-from csi_driver.management.settings import ManagementSettings
+from csi_driver.management.settings import Credentials, ManagementSettings
 from csi_driver.management.transport import Request, Response
 from csi_driver.telemetry.metrics import ManagementMetrics
 
@@ -265,6 +265,11 @@ class ManagementServers:
 
     def any_works(self) -> bool:
         return any(server.breaker.is_closed() for server in self._servers)
+
+    def accepts(self, credentials: Credentials, deadline: Deadline) -> bool:
+        """Return whether a server accepts a login: one attempt, which changes nothing for other requests."""
+        server = next((each for each in self._servers if each.breaker.is_closed()), self._servers[0])
+        return server.session.accepts(credentials, deadline.at_most(self._request_timeout_s))
 
     def send(self, request: Request, deadline: Deadline) -> object:
         """Return the first response that a server gives. Raises `OutcomeUnknown` unless a repeat is harmless."""

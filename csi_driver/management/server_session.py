@@ -6,10 +6,12 @@ Sessions belong to one server process, so each server has its own cookie.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import threading
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from csi_driver import errors
@@ -24,6 +26,8 @@ from csi_driver.telemetry.metrics import ServerMetrics
 _LOG = logging.getLogger(__name__)
 
 SYSTEM_INFO = "/systemInfo"
+STATUS_PAGE_AGENT = "/status-page"
+"""Ends the User-Agent of logins that the status page checks."""
 NO_GATEWAY = frozenset({502, 503, 504})
 
 _PROBE = Request("GET", "/volumes/count")
@@ -217,30 +221,52 @@ class ServerSession:
             self._cookie = self._version = None
             self._cookie = self._log_in(deadline)
 
+    def accepts(self, credentials: Credentials, deadline: Deadline) -> bool:
+        """Return whether the server accepts a login of another user than ours. Neither it nor its session is kept.
+
+        Without our client certificate, which could be a login of its own. The server tells these logins from ours by
+        their User-Agent: failed ones must not count as ours.
+        """
+        own, agent = self._settings, self._settings.driver_name + STATUS_PAGE_AGENT
+        others = replace(own, driver_name=agent, client_certificate=None, client_key=None)
+        with contextlib.closing(Transport(self.url, others)) as transport:
+            return self._cookie_of_login(transport, credentials, deadline) is not None
+
     def _log_in(self, deadline: Deadline) -> str:
         credentials = read_credentials(self._settings)
+        cookie = self._cookie_of_login(self._transport, credentials, deadline)
+        if cookie is None:
+            raise errors.Unauthenticated(
+                f"management server {self.url} does not accept user {credentials.username!r} "
+                f"with the password in {self._settings.password_place}"
+            )
+        self._credentials = credentials
+        self._metrics.logged_in()
+        return cookie
+
+    def _cookie_of_login(self, transport: Transport, credentials: Credentials, deadline: Deadline) -> str | None:
+        """Return the cookie of a new session; None where the server does not accept the credentials."""
         body = json.dumps({"username": credentials.username, "password": credentials.password}).encode()
         try:
-            response = self._transport.exchange(Request("POST", "/login", body), None, deadline)
+            response = transport.exchange(Request("POST", "/login", body), None, deadline)
         except errors.OutcomeUnknown as error:
             # The request behind the login was not sent.
             raise errors.ServerUnreachable(self.url, error.reason, timed_out=error.timed_out) from error
         envelope = response.body if isinstance(response.body, dict) else {}
         if response.status == 401 or (response.status == 200 and envelope.get("success") is False):
-            raise errors.Unauthenticated(
-                f"management server {self.url} does not accept user {credentials.username!r} "
-                f"with the password in {self._settings.password_place}"
-            )
+            return None
         if response.status in NO_GATEWAY:
             raise errors.ServerUnreachable(self.url, f"HTTP {response.status} for a login")
+        if response.status == 429:
+            raise errors.StorageUnavailable(
+                f"management server {self.url} refuses logins from here for some seconds, after failed ones; retry"
+            )
         if response.status != 200 or not envelope or not response.cookie:
             # The body is not shown: an error page may quote the password.
             raise errors.StorageUnavailable(
                 f"management server {self.url}: expected HTTP 200 with a session cookie for a login, got HTTP "
                 f"{response.status} {'with' if response.cookie else 'without'} one; check the address"
             )
-        self._credentials = credentials
-        self._metrics.logged_in()
         return response.cookie
 
     def _credentials_changed(self) -> bool:

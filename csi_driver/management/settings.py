@@ -152,7 +152,7 @@ class ManagementSettings:
         """Yield a sentence for each insecure setting."""
         for server in self.servers:
             url = urlsplit(server)
-            if url.scheme == "http" and not _is_loopback(url.hostname or ""):
+            if url.scheme == "http" and not is_loopback(url.hostname or ""):
                 yield f"{server} is plain http: the management password crosses the network unencrypted; use https"
             if url.scheme == "https" and not self.tls_verify:
                 yield f"the certificate of {server} is not verified, so any host can impersonate it"
@@ -182,7 +182,7 @@ def _url_problems(server: str) -> Iterator[str]:
         yield f"management server: expected nothing after the port, got {server!r}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -7,7 +7,7 @@ they are shown, not here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from csi_driver.model import CSI_NAME_PREFIX, VolumeHandle, volume_name
 PAGE_ROWS = 50
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,8 @@ class Volume:
     health: str
     encryption: str = "none"
     source: Source | None = None
-    attached: Sequence[str] = ()
-    """Names of nodes; empty where a list does not have them."""
+    attached: Sequence[str] | None = None
+    """Names of nodes."""
     csi_name: str = ""
 
     @property
@@ -147,7 +148,12 @@ class VolumeDetails:
 
 
 class Storage(Protocol):
-    """What the page reads. Each method may raise DriverError, whose message is shown to users that are logged in."""
+    """What the page reads. Each method may raise DriverError, whose message is shown to users that are logged in.
+
+    `is_ordered`: lists also come in descending order, and of unhealthy volumes alone.
+    """
+
+    is_ordered: bool
 
     @property
     def title(self) -> str: ...
@@ -181,6 +187,24 @@ def prefix_of(search: str) -> str:
         whole = volume_name("pvc-00000000-0000-0000-0000-000000000000")
         return (CSI_NAME_PREFIX + text.removeprefix("pvc-"))[: len(whole)]
     return text
+
+
+def part_of(rows: Sequence[Item], at: str, form: Callable[[Item], Row]) -> Part[Row]:
+    """Return a part of a list that is at hand."""
+    number, before, count = place_in(len(rows), at)
+    return numbered_part([form(row) for row in rows[before : before + count]], number, len(rows))
+
+
+def place_in(total: int, at: str) -> tuple[int, int, int]:
+    """Return the number of a part, of how many rows it comes behind, and its rows; the first one for an unknown one."""
+    number = int(at) if at.isascii() and at.isdigit() and len(at) < 10 and int(at) * PAGE_ROWS < total else 0
+    before = number * PAGE_ROWS
+    return number, before, min(PAGE_ROWS, total - before)
+
+
+def numbered_part(rows: Sequence[Row], number: int, total: int) -> Part[Row]:
+    following = str(number + 1) if (number + 1) * PAGE_ROWS < total else None
+    return Part(rows, total, number * PAGE_ROWS + 1, str(number - 1) if number else None, following)
 
 
 def readable(size_bytes: int) -> str:

@@ -185,7 +185,7 @@ class StatusPage:
 
     def _volumes(self, view: _View) -> tuple[str, Values]:
         wanted = view.wanted()
-        return "volumes.html", {"part": self.storage.volumes(view.zone, wanted), "wanted": wanted, "q": view.text("q")}
+        return "volumes.html", self._list(self.storage.volumes(view.zone, wanted), view)
 
     def _volume(self, view: _View) -> tuple[str, Values]:
         found = self.storage.volume(view.zone, view.text("name"), view.text("at"))
@@ -204,8 +204,10 @@ class StatusPage:
 
     def _snapshots(self, view: _View) -> tuple[str, Values]:
         wanted = view.wanted()
-        part = self.storage.snapshots(view.zone, wanted)
-        return "snapshots.html", {"part": part, "wanted": wanted, "q": view.text("q")}
+        return "snapshots.html", self._list(self.storage.snapshots(view.zone, wanted), view)
+
+    def _list(self, part: object, view: _View) -> Values:
+        return {"part": part, "wanted": view.wanted(), "q": view.text("q"), "is_ordered": self.storage.is_ordered}
 
 
 def _page(template: str, values: Values, status: int = 200, *headers: tuple[str, str]) -> HttpResponse:
