@@ -42,7 +42,7 @@ _MANAGEMENT = {
     "--management-client-key": "management.tls.clientCertificateSecret",
 }
 OWN_VALUES: Mapping[str, Mapping[str, str]] = {
-    "controller": {**_CSI, **_LOG, **_MANAGEMENT, "--http-listen": "controller.http"},
+    "controller": {**_CSI, **_LOG, **_MANAGEMENT, "--http-listen": "controller.http", "--status-listen": "statusPage"},
     "node": {
         **_CSI,
         **_LOG,

@@ -171,6 +171,7 @@ CASES: Mapping[str, Sequence[Case]] = {
         *BOTH,
         *MANAGEMENT,
         Case((*NVMESH, "controller.http.host=10.0.0.1", "controller.http.port=99"), {"--http-listen": ["10.0.0.1:99"]}),
+        Case((*NVMESH, "statusPage.enabled=true", "statusPage.port=99"), {"--status-listen": ["127.0.0.1:99"]}),
     ),
     "node": (
         *BOTH,

@@ -76,6 +76,10 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         ((*NVMESH, r"commonLabels.app\.kubernetes\.io/name=x"), "commonLabels has the label app.kubernetes.io/name"),
         ((*NVMESH, r"node.podLabels.helm\.sh/chart=x"), "node.podLabels has the label helm.sh/chart"),
         (
+            (*NVMESH, "statusPage.enabled=true", "statusPage.port=9808"),
+            "controller.http.port and statusPage.port are both 9808",
+        ),
+        (
             (*NVMESH, "sidecars.resizer.httpPort=9808"),
             "controller.http.port and sidecars.resizer.httpPort are both 9808",
         ),

@@ -92,7 +92,7 @@
 {{- define "nvmesh-csi.validatePorts" -}}
 {{- $side := .Values.sidecars -}}
 {{- $probe := $side.livenessprobe.enabled -}}
-{{- $controller := dict "controller.http.port" .Values.controller.http.port "sidecars.livenessprobe.controllerPort" (ternary $side.livenessprobe.controllerPort 0 $probe) -}}
+{{- $controller := dict "controller.http.port" .Values.controller.http.port "statusPage.port" (ternary .Values.statusPage.port 0 .Values.statusPage.enabled) "sidecars.livenessprobe.controllerPort" (ternary $side.livenessprobe.controllerPort 0 $probe) -}}
 {{- if .Values.csiAddons.enabled -}}{{- $_ := set $controller "sidecars.csiAddons.controllerPort" $side.csiAddons.controllerPort -}}{{- end -}}
 {{- range splitList " " (include "nvmesh-csi.controllerSidecars" .) -}}{{- $_ := set $controller (printf "sidecars.%s.httpPort" .) (index $side .).httpPort -}}{{- end -}}
 {{- $node := dict "node.http.port" .Values.node.http.port "sidecars.livenessprobe.nodePort" (ternary $side.livenessprobe.nodePort 0 $probe) -}}
