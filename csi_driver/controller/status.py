@@ -86,7 +86,7 @@ class ClusterStatus:
         return shown.Overview(
             version=f"Zone {zone}, management {info.version}, API {info.api_version}",
             capacity=shown.Capacity(total=total, available=free),
-            checks=[shown.Check("The management answers"), shown.Check("Drives have free space", why)],
+            checks=[shown.Check("Management"), shown.Check("Free space", why)],
             volumes=management.volume_count(deadline=deadline),
         )
 
@@ -172,7 +172,7 @@ def _volume(volume: VolumeSummary) -> shown.Volume:
         encryption=_encryption(volume.encryption),
         source=_source(volume),
         attached=volume.reservation.attached if isinstance(volume, Volume) else None,
-        csi_name=csi_name_of(volume.metadata) or "",
+        claim=shown.claim_in(volume.metadata),
     )
 
 
@@ -194,10 +194,8 @@ def _facts(volume: Volume) -> Iterator[tuple[str, str]]:
     yield "UUID", volume.uuid
     if name := csi_name_of(volume.metadata):
         yield "PersistentVolume", name
-    keys = ("csi.storage.k8s.io/pvc/namespace", "csi.storage.k8s.io/pvc/name")
-    claim = [value for key in keys if isinstance(value := volume.metadata.get(key), str)]
-    if claim:
-        yield "Claim", "/".join(claim)
+    if (claim := shown.claim_in(volume.metadata)) and claim != name:
+        yield "Claim", claim
     yield "Requested", f"{volume.capacity_gb:g} GB"
     yield "Provisioning group", volume.vpg or "none"
     yield "Layout", volume.layout.raid_level.value

@@ -36,7 +36,7 @@ from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Store
 from csi_driver.errors import HostFailure
 from csi_driver.status_page import model as shown
-from csi_driver.status_page.model import Part, Wanted, numbered_part, place_in, readable
+from csi_driver.status_page.model import Part, Wanted, claim_in, numbered_part, place_in, readable
 
 R = TypeVar("R")
 Row = TypeVar("Row")
@@ -83,12 +83,12 @@ class EmbeddedStatus:
     def _checks(self, free_bytes: int, unhealthy: int) -> Iterable[shown.Check]:
         least = self.settings.reserve_bytes
         short = f"{free_bytes} bytes are free, expected at least {least} (--reserve); new volumes are refused"
-        yield shown.Check("The pool can be used", self.pool.why_unusable())
-        yield shown.Check("The pool's filesystem has its reserve free", "" if free_bytes >= least else short)
-        why = f"{unhealthy} of them are not; the list of unhealthy volumes names them, the errors say why"
-        yield shown.Check("All volumes are healthy", why if unhealthy else "")
+        yield shown.Check("Pool", self.pool.why_unusable())
+        yield shown.Check("Free space", "" if free_bytes >= least else short)
+        why = f"{unhealthy} of {self.store.count(VOLUMES)} not healthy; the errors say why"
+        yield shown.Check("Volumes", why if unhealthy else "")
         for loop in self.loops:
-            yield shown.Check(f"Background work {loop.name} proceeds", loop.why_failing())
+            yield shown.Check(f"Background work: {loop.name}", loop.why_failing())
 
     def volumes(self, zone: str, wanted: Wanted) -> Part[shown.Volume]:
         index = UNHEALTHY if wanted.unhealthy else ""
@@ -150,11 +150,11 @@ class EmbeddedStatus:
     def _facts(self, volume: Volume) -> Iterable[tuple[str, str]]:
         reservation, metadata = volume.reservation, volume.given.get("metadata")
         yield "UUID", volume.uuid
-        if name := _text(metadata, "csi_name"):
+        name = metadata.get("csi_name") if isinstance(metadata, dict) else None
+        if isinstance(name, str):
             yield "PersistentVolume", name
-        claim = [text for key in ("namespace", "name") if (text := _text(metadata, f"csi.storage.k8s.io/pvc/{key}"))]
-        if claim:
-            yield "Claim", "/".join(claim)
+        if (claim := claim_in(metadata)) and claim != name:
+            yield "Claim", claim
         yield "Requested", f"{volume.capacity:g} GB"
         yield "Provisioning group", volume.group or "none"
         held = f", by {reservation.reserved_by}" if reservation.reserved_by else ""
@@ -170,7 +170,7 @@ class EmbeddedStatus:
 
     def nodes(self, zone: str) -> Sequence[shown.Node]:
         directories = {client.name: str(client.device_directory) for client in self.settings.clients}
-        return [
+        nodes = [
             shown.Node(
                 client.name,
                 "down" if self.attacher.is_down(client.name) else "ready",
@@ -180,6 +180,7 @@ class EmbeddedStatus:
             )
             for client in self.store.all(CLIENTS)
         ]
+        return sorted(nodes, key=lambda node: (node.is_up, node.name))
 
     def attachments(self, zone: str, node: str, at: str) -> Part[shown.Attachment]:
         total = self.store.count(ATTACHMENTS, node)
@@ -228,7 +229,7 @@ def _volume(volume: Volume) -> shown.Volume:
         encryption=_encryption(volume),
         source=_source(volume.source),
         attached=volume.reservation.attached,
-        csi_name=_text(volume.given.get("metadata"), "csi_name"),
+        claim=claim_in(volume.given.get("metadata")),
     )
 
 
@@ -256,8 +257,3 @@ def _snapshot_values(snapshot: Snapshot) -> tuple[str, str, int, str, str, str, 
 
 def _snapshot(snapshot: Snapshot) -> shown.Snapshot:
     return shown.Snapshot(*_snapshot_values(snapshot))
-
-
-def _text(metadata: object, key: str) -> str:
-    value = metadata.get(key) if isinstance(metadata, dict) else None
-    return value if isinstance(value, str) else ""

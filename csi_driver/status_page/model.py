@@ -7,13 +7,14 @@ they are shown, not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from csi_driver.model import CSI_NAME_PREFIX, VolumeHandle, volume_name
 
 PAGE_ROWS = 50
+_KUBERNETES = "csi.storage.k8s.io/"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 Row = TypeVar("Row")
 Item = TypeVar("Item")
@@ -52,7 +53,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A statement about the storage; `problem`: why it does not hold, "" = it does."""
+    """A part of the storage that is watched; `problem`: what is wrong with it, "" = nothing."""
 
     name: str
     problem: str = ""
@@ -89,7 +90,8 @@ class Volume:
     source: Source | None = None
     attached: Sequence[str] | None = None
     """Names of nodes."""
-    csi_name: str = ""
+    claim: str = ""
+    """The claim in Kubernetes, or the name of the PersistentVolume where only that is known."""
 
     @property
     def is_well(self) -> bool:
@@ -176,6 +178,14 @@ class Storage(Protocol):
     def attachments(self, zone: str, node: str, at: str) -> Part[Attachment]: ...
 
     def snapshots(self, zone: str, wanted: Wanted) -> Part[Snapshot]: ...
+
+
+def claim_in(metadata: object) -> str:
+    """Return the claim that a volume's metadata names, or the name of its PersistentVolume; "" = neither."""
+    found = metadata if isinstance(metadata, Mapping) else {}
+    texts = [found.get(key) for key in (f"{_KUBERNETES}pvc/namespace", f"{_KUBERNETES}pvc/name", "csi_name")]
+    namespace, name, csi_name = (text if isinstance(text, str) else "" for text in texts)
+    return f"{namespace}/{name}" if namespace and name else csi_name
 
 
 def prefix_of(search: str) -> str:

@@ -92,7 +92,7 @@ def test_each_page_shows_what_the_manager_holds(tmp_path: Path) -> None:
         overview, volumes = text_of(browser.get("/status/")), text_of(browser.get("/status/volumes"))
         assert "2 Volumes 0 Unhealthy volumes 1 Attachments 2 Snapshots" in overview
         assert "node-1 ready 1 node-2 ready 0" in overview
-        assert "a pvc-1 953 MiB healthy online node-1" in volumes
+        assert "a team/&lt;b&gt; 953 MiB healthy online node-1" in volumes
         assert "snapshot snap-1" in volumes
         volume = text_of(browser.get("/status/volume?name=a"))
         assert "Claim team/&lt;b&gt;" in volume
@@ -117,7 +117,7 @@ def test_a_volume_without_its_file_is_in_the_list_of_unhealthy_ones(tmp_path: Pa
         listed = text_of(browser.get("/status/volumes?unhealthy=1"))
         assert "1 volume " in listed
         assert "a 953 MiB critical offline" in listed
-        assert "problem All volumes are healthy 1 of them are not" in text_of(browser.get("/status/"))
+        assert "problem Volumes 1 of 2 not healthy" in text_of(browser.get("/status/"))
 
 
 def test_a_get_of_every_path_changes_nothing(tmp_path: Path) -> None:
