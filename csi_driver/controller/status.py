@@ -40,9 +40,6 @@ class StatusManagement(Management, Protocol):
     def accepts(self, username: str, password: str, *, deadline: Deadline) -> bool:
         """Return whether a login with these credentials succeeds. One attempt; nothing of it is kept."""
 
-    def raw_capacity(self, *, deadline: Deadline) -> tuple[int, int]:
-        """Return the bytes of all drives, and the free ones of them, both with redundancy."""
-
     def volume_count(self, *, deadline: Deadline) -> int | None:
         """Return the number of volumes, None where the management does not tell it."""
 
@@ -81,8 +78,9 @@ class ClusterStatus:
     def overview(self, zone: str) -> shown.Overview:
         management, deadline = self._in(zone), _deadline()
         info = management.system_info(deadline=deadline)
-        total, free = management.raw_capacity(deadline=deadline)
-        why = "no drive has free space, or the storage targets are down" if total and not free else ""
+        space = management.raw_space(deadline=deadline)
+        total, free = (None, None) if space is None else (space.total_bytes, space.free_bytes)
+        why = "" if free else "no drive of a storage target that is up has free space"
         return shown.Overview(
             version=f"Zone {zone}, management {info.version}, API {info.api_version}",
             capacity=shown.Capacity(total=total, available=free),

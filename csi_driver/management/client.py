@@ -151,10 +151,6 @@ class ManagementClient(SnapshotRequests):
             classes.append([] if condition is None else self._list(collection, deadline, _CLASS_PROJECTION, condition))
         return free_capacity.raw_space(self._list("servers", deadline, _TARGET_PROJECTION), allowed, *classes)
 
-    def raw_capacity(self, *, deadline: Deadline) -> tuple[int, int]:
-        targets = self._list("servers", deadline, _TARGET_PROJECTION)
-        return free_capacity.total_bytes(targets), free_capacity.free_bytes(targets, ALL_DRIVES, (), ()) or 0
-
     def volume_count(self, *, deadline: Deadline) -> int | None:
         counted = self._servers.send(Request("GET", "/volumes/count"), deadline)
         return counted if isinstance(counted, int) and not isinstance(counted, bool) else None

@@ -81,12 +81,6 @@ def raw_space(
     return RawSpace(BLOCK_BYTES * free, BLOCK_BYTES * usable)
 
 
-def total_bytes(targets: Sequence[Document]) -> int:
-    """Return the bytes of all drives."""
-    drives = [drive for target in targets for drive in _rows(target.get("disks"))]
-    return BLOCK_BYTES * sum(_blocks(drive, "usableBlocks") for drive in drives)
-
-
 def _class_members(
     allowed: AllowedDrives, drive_classes: Sequence[Document], target_classes: Sequence[Document]
 ) -> tuple[set[object] | None, set[object] | None] | None:
