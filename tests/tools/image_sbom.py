@@ -136,10 +136,10 @@ def _blob(tar: tarfile.TarFile, name: str) -> bytes:
 
 def document(image: Image) -> str:
     """Return the SBOM of an image; raises ValueError if it is not valid CycloneDX."""
+    from cyclonedx.factory.license import LicenseFactory
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.model.contact import OrganizationalEntity
-    from cyclonedx.model.license import DisjunctiveLicense
     from cyclonedx.output import make_outputter
     from cyclonedx.schema import OutputFormat, SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
@@ -166,7 +166,7 @@ def document(image: Image) -> str:
                 bom_ref=str(purl),
                 purl=purl,
                 supplier=OrganizationalEntity(name=package.supplier) if package.supplier else None,
-                licenses=[DisjunctiveLicense(name=package.license)] if package.license else [],
+                licenses=[LicenseFactory().make_from_string(package.license)] if package.license else [],
             )
         )
     bom.components.update(components)
