@@ -136,7 +136,7 @@ def _blob(tar: tarfile.TarFile, name: str) -> bytes:
 
 def document(image: Image) -> str:
     """Return the SBOM of an image; raises ValueError if it is not valid CycloneDX."""
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.model.contact import OrganizationalEntity
