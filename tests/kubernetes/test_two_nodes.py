@@ -41,6 +41,43 @@ def on_second(*argv: str) -> str:
     ).stdout
 
 
+def deployment_of(pod: Document, node: str) -> Document:
+    """Return a Deployment of one such pod, which prefers a node."""
+    labels = {"app": pod["metadata"]["name"]}
+    on_node = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]}
+    preferred = {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": on_node}]}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": pod["metadata"]["name"]},
+        "spec": {
+            "selector": {"matchLabels": labels},
+            "strategy": {"type": "Recreate"},
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": {**pod["spec"], "affinity": {"nodeAffinity": preferred}},
+            },
+        },
+    }
+
+
+def ready_on(cluster: Cluster, app: str, node: str) -> str | None:
+    """Return the name of the app's pod if it is ready on that node."""
+    pods = cluster.all("pod", selector=f"app={app}")
+    here = (pod for pod in pods if pod["spec"].get("nodeName") == node and status_of(pod, "Ready") == "True")
+    return next((str(pod["metadata"]["name"]) for pod in here), None)
+
+
+def attached_nodes(cluster: Cluster, volume: str) -> set[str]:
+    """Return the nodes for which a PersistentVolume has a VolumeAttachment."""
+    attachments = cluster.all("volumeattachment", namespace=None)
+    return {
+        str(each["spec"]["nodeName"])
+        for each in attachments
+        if each["spec"]["source"].get("persistentVolumeName") == volume
+    }
+
+
 def count_in(cluster: Cluster, pod: str) -> int:
     return int(cluster.sh(pod, "cat /data/count"))
 
@@ -91,3 +128,22 @@ def test_a_lost_nodes_volume_is_taken_over_and_what_still_runs_there_writes_no_m
         cluster.sh("lost-node-new", "echo taken > /data/owner && sync && sleep 3")
         assert count_in(cluster, "lost-node-new") == found
     assert cluster.sh("lost-node-new", "cat /data/owner") == "taken"
+
+
+def test_after_the_taint_a_workload_leaves_a_lost_node_without_a_further_step(
+    stage: Stage, cluster: Cluster, storage: Storage
+) -> None:
+    deployment = deployment_of(user_of("tainted", script=COUNT), SECOND)
+    stage.apply([claim("tainted", storage_class="nvmesh-xfs"), deployment])
+    old = cluster.wait_for(lambda: ready_on(cluster, "tainted", SECOND), "the pod to run on node2")
+    cluster.wait_for(lambda: count_in(cluster, old) > 5, "the pod to write")
+    volume = stage.volume("tainted").volume
+    assert attached_nodes(cluster, volume) == {SECOND}
+    written = count_in(cluster, old)
+    with lost(cluster, storage):
+        new = cluster.wait_for(lambda: ready_on(cluster, "tainted", FIRST), "the pod to run on node1")
+        assert attached_nodes(cluster, volume) == {FIRST}
+        assert int(cluster.sh(new, "cat /data/n")) > 0
+        assert cluster.get("pod", old) is None
+        cluster.wait_for(lambda: count_in(cluster, new) > 0, "the pod to write on node1")
+    assert written > 5

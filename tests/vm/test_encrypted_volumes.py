@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import Denied, MissingField, PreconditionFailed
+from csi_driver.errors import Denied, MissingField, NotOffered, PreconditionFailed
 from csi_driver.host.connectors.loop import ReadOnlyLoops
 from csi_driver.host.health import LinuxProbes
 from csi_driver.host.luks import LinuxEncryption
@@ -25,6 +25,7 @@ from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
+from csi_driver.node.addons import NodeAddons
 from csi_driver.node.service import assemble
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.rpc.client import CallFailed
@@ -54,6 +55,7 @@ class Machine:
         self.staging, self.target = root / "staging", root / "target"
         self.staging.mkdir()
         self.secrets: Mapping[str, str] = SECRET
+        self.parameters: Mapping[str, str] = FAST
         self.attachment, self.attached_read_only = 1, False
         self.inherited: tuple[str, ...] | None = None
         self.private_copy = False
@@ -90,7 +92,9 @@ class Machine:
         return Capability(self.access, AccessMode.SINGLE_NODE_WRITER)
 
     def stage(self) -> None:
-        request = StageRequest(self.volume_id, str(self.staging), self.capability, self.context, FAST, self.secrets)
+        request = StageRequest(
+            self.volume_id, str(self.staging), self.capability, self.context, self.parameters, self.secrets
+        )
         self.use.stage.stage(request, deadline=Deadline.after(120))
 
     def publish(self, *, read_only: bool = False) -> None:
@@ -106,6 +110,16 @@ class Machine:
             self.volume_id, str(self.target), capacity, str(self.staging), self.capability, secrets
         )
         return self.use.expand.expand(request, deadline=Deadline.after(60))
+
+    def rotate(self, secrets: Mapping[str, str]) -> None:
+        NodeAddons(self.use.expand).rotate(
+            self.volume_id, {**self.parameters, "encryption": "luks"}, secrets,
+            new_passphrase="", is_shared=False, deadline=Deadline.after(120),
+        )  # fmt: skip
+
+    def trim(self) -> int:
+        paths = ("", str(self.staging))
+        return NodeAddons(self.use.expand).reclaim(self.volume_id, paths, is_block=False, deadline=Deadline.after(60))
 
     def up(self) -> None:
         self.stage()
@@ -399,6 +413,75 @@ def test_the_new_passphrase_replaces_the_previous_one(machine: HostMachine) -> N
     assert node.dump().count("PBKDF:") == 1
 
 
+@contextlib.contextmanager
+def cryptsetup_watched() -> Iterator[set[str]]:
+    """Collect the arguments and environments of each cryptsetup that is seen."""
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+                    if b"cryptsetup" in words:
+                        seen.add(words.decode(errors="replace"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+
+
+@pytest.mark.parametrize("access", [EXT4, BLOCK], ids=["ext4", "block"])
+def test_the_passphrase_of_an_open_volume_is_replaced_while_it_is_written(
+    machine: HostMachine, access: MountAccess | BlockAccess
+) -> None:
+    node = luks(machine, access)
+    node.up()
+    written = node.target / "file" if access is EXT4 else node.target
+    secrets = {"passphrase": "new passphrase", "previousPassphrase": "correct horse"}
+    with cryptsetup_watched() as seen, written.open("wb", buffering=0) as file:
+        file.write(b"before")
+        node.rotate(secrets)
+        file.write(b" after")
+        os.fsync(file.fileno())
+        node.rotate(secrets)
+    assert [node.opens(told) for told in ("new passphrase", "correct horse")] == [True, False]
+    assert node.dump().count("PBKDF:") == 1
+    assert seen
+    assert not [words for words in seen if "horse" in words or "new passphrase" in words]
+    node.down()
+    node.attachment, node.secrets = 3, {"passphrase": "new passphrase"}
+    node.up()
+    assert written.read_bytes()[:12] == b"before after"
+    node.down()
+
+
+def test_a_trim_passes_through_the_encryption_only_where_it_may(machine: HostMachine) -> None:
+    node = luks(machine, EXT4)
+    node.up()
+    with pytest.raises(NotOffered, match="encryption/allowDiscards"):
+        node.trim()
+    (node.target / "file").write_bytes(os.urandom(24 * MIB))
+    shell("sync", "-f", str(node.target))
+    (node.target / "file").unlink()
+    (node.target / "kept").write_text("kept")
+    shell("sync", "-f", str(node.target))
+    before = node.volume.file.stat().st_blocks
+    node.down()
+    node.attachment, node.parameters = 3, {**FAST, "encryption/allowDiscards": "true"}
+    node.up()
+    assert node.trim() >= 24 * MIB
+    os.sync()
+    assert node.volume.file.stat().st_blocks < before - 20 * MIB // 512
+    assert (node.target / "kept").read_text() == "kept"
+    node.down()
+
+
 # --- after a crash --------------------------------------------------------------------------------------
 
 
@@ -449,23 +532,9 @@ def test_a_mapping_over_another_device_is_refused_and_kept(machine: HostMachine)
 
 def test_a_passphrase_is_in_no_argument_list(machine: HostMachine) -> None:
     node = luks(machine, EXT4)
-    seen: set[str] = set()
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            for process in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):
-                    words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-                    if b"cryptsetup" in words:
-                        seen.add(words.decode(errors="replace"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    node.up()
-    node.down()
-    done.set()
-    watcher.join()
+    with cryptsetup_watched() as seen:
+        node.up()
+        node.down()
     assert seen
     assert not [words for words in seen if "horse" in words]
 
