@@ -142,12 +142,17 @@ docs-serve: $(CACHE)/docs $(MERMAID) ## the same at http://127.0.0.1:8000, built
 	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(CACHE)/docs/bin/mkdocs serve --config-file docs/site/mkdocs.yml --watch docs --watch README.md
 
 .PHONY: chart
-chart: $(VENV)/test ## generate the flags in the Helm chart's schema (1 s)
+chart: $(VENV)/test ## generate flags and parameters in the Helm chart, and docs/chart-values.md (1 s)
 	@$(BIN)/python -m tests.tools.chart_schema
+	@$(BIN)/python -m tests.tools.chart_values
 
 .PHONY: manifests
 manifests: $(VENV)/test ## generate deploy/kubernetes/*.yaml from the Helm chart (2 s; needs helm)
 	@$(BIN)/python -m tests.tools.manifests
+
+.PHONY: bundle
+bundle: $(VENV)/test ## generate deploy/olm/bundle, the operator for OLM, from the Helm chart (5 s; needs helm)
+	@$(BIN)/python -m tests.tools.bundle
 
 .PHONY: lock
 lock: $(CACHE)/lock ## lock requirements/*.txt to the newest versions (10 s)

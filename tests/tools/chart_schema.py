@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the schema of each role's `flags` into the chart's values.schema.json, from the flags of the program.
+"""Write into the chart what the program knows: the schema of each role's `flags`, and the parameters of classes.
 
-`make chart` runs it; a test compares the file with its output.
+`make chart` runs it; a test compares the files with its output.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from csi_driver.config import command_class
 from csi_driver.config.command import flags_of as flags_in
 from csi_driver.embedded.settings import read_factor
 from csi_driver.flags import Flag
+from csi_driver.parameters import storage_class
 
-SCHEMA = Path(__file__).parents[2] / "deploy" / "helm" / "nvmesh-csi-driver" / "values.schema.json"
+CHART = Path(__file__).parents[2] / "deploy" / "helm" / "nvmesh-csi-driver"
+SCHEMA = CHART / "values.schema.json"
+PARAMETERS = CHART / "templates" / "_parameters.tpl"
 
 _WIDTH = 120
 _CSI = {
@@ -139,5 +142,14 @@ def _written(value: object, margin: str) -> str:
     return "\n".join((line[0], ",\n".join(inner + part for part in parts), margin + line[-1]))
 
 
+def parameters() -> str:
+    """Return the template with the names of the parameters."""
+    lists = {"storageClass": storage_class.KNOWN_KEYS, "volumeAttributesClass": storage_class.MUTABLE_KEYS}
+    head = "{{/* Parameters that the driver knows, separated by blanks. `make chart` writes them. */}}\n"
+    one = '{{{{- define "nvmesh-csi.{kind}Parameters" -}}}}\n{names}\n{{{{- end -}}}}\n'
+    return head + "".join(one.format(kind=kind, names=" ".join(sorted(names))) for kind, names in lists.items())
+
+
 if __name__ == "__main__":
     SCHEMA.write_text(fresh(SCHEMA.read_text()))
+    PARAMETERS.write_text(parameters())

@@ -19,7 +19,8 @@ from csi_driver.parameters.encryption import PASSPHRASE_KEYS, PREVIOUS_KEY
 from csi_driver.parameters.mkfs import FILESYSTEMS
 from csi_driver.parameters.storage_class import LAYOUT_KEYS, RAID_KEYS, RAID_LEVELS, StorageClassParameters
 from tests.documents import NAMES, Row, code, fenced, section, table, text_of
-from tests.tools.document_tables import VALUES, fresh
+from tests.tools.chart_values import VALUES
+from tests.tools.document_tables import fresh
 
 DOCUMENT = text_of("parameters.md")
 ROWS = table(section(DOCUMENT, "Parameters"), "parameter", "values")
@@ -242,28 +243,3 @@ def test_every_flag_with_its_variable_is_in_the_document(command: str) -> None:
     assert {word for word in words if word.startswith("--")} == {
         flag.name for flag in flags_of(command_class(command)).values() if not flag.is_positional
     }
-
-
-def test_every_value_of_the_chart_is_in_the_document_and_explained() -> None:
-    values = yaml.safe_load(VALUES.read_text())
-    rows = {
-        span: row for row in table(section(DOCUMENT, "Values of the chart"), "value") for span in code(row["value"])
-    }
-    assert [path for path, row in rows.items() if not row["description"]] == []
-    assert sorted(path for path in _paths(values) if not _is_covered(path, set(rows))) == []
-    assert sorted(set(rows) - set(_paths(values))) == []
-
-
-def _paths(values: Mapping[str, object], above: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{above}{key}"
-        if isinstance(value, dict):
-            yield from _paths(value, f"{above}{key}.")
-
-
-def _is_covered(path: str, rows: set[str]) -> bool:
-    """Return whether a value, its parent, or all of its parts have rows."""
-    parts = path.split(".")
-    return any(".".join(parts[:length]) in rows for length in range(1, len(parts) + 1)) or any(
-        row.startswith(f"{path}.") for row in rows
-    )

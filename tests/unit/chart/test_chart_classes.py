@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from csi_driver.parameters import storage_class
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Refused, helm, render
+from tests.unit.chart.rendering import EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Refused, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -166,15 +165,20 @@ def test_a_parameter_that_is_said_twice_is_refused() -> None:
 
 def test_a_parameter_that_the_driver_does_not_know_is_refused() -> None:
     described = {"name": "own", "parameters": {"stripWidth": "2"}}
-    assert "stripWidth" in refusal(*NVMESH, storageClasses=[described])
+    expected = "storageClasses: class own has the parameter stripWidth, which the driver does not know"
+    assert f"{expected}; did you mean stripeWidth?" in refusal(*NVMESH, storageClasses=[described])
+    for typo, name in (("vgp", "vpg"), ("VPG", "vpg"), ("mkfs/discards", "mkfs/discard"), ("raidlevel", "raidLevel")):
+        assert f"did you mean {name}?" in refusal(*NVMESH, storageClasses=[{"name": "own", "parameters": {typo: "x"}}])
 
 
-def test_the_schema_knows_the_parameters_that_the_driver_knows() -> None:
-    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
-    keys = schema["storageClasses"]["items"]["properties"]["parameters"]["propertyNames"]["anyOf"][0]["enum"]
-    assert set(keys) == storage_class.KNOWN_KEYS
-    allowed = schema["volumeAttributesClasses"]["items"]["properties"]["parameters"]["propertyNames"]["enum"]
-    assert set(allowed) == storage_class.MUTABLE_KEYS
+def test_parameters_of_the_sidecars_and_of_older_drivers_are_taken() -> None:
+    known = {"csi.storage.k8s.io/fstype": "xfs", "encryption.cipher": "aes-xts"}
+    (made,) = render(
+        *NVMESH,
+        "defaultStorageClasses.enabled=false",
+        values={"storageClasses": [{"name": "own", "parameters": known}]},
+    ).of("StorageClass")
+    assert made["parameters"] == known
 
 
 # --- attributes and snapshots -----------------------------------------------------------------------------------
@@ -197,7 +201,8 @@ def test_a_class_of_attributes_speaks_the_version_that_the_cluster_serves(kubern
 
 def test_what_cannot_be_changed_of_volumes_is_refused() -> None:
     described = {"name": "first", "parameters": {"stripeWidth": "4"}}
-    assert "stripeWidth" in refusal(*NVMESH, volumeAttributesClasses=[described])
+    expected = "volumeAttributesClasses: class first has the parameter stripeWidth, which the driver does not know"
+    assert expected in refusal(*NVMESH, volumeAttributesClasses=[described])
 
 
 @pytest.mark.parametrize("group", ["snapshot", "groupsnapshot"])

@@ -7,7 +7,6 @@ import subprocess
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, SNAPSHOTS, Refused, helm, render
 
@@ -128,23 +127,3 @@ def test_helm_lint_finds_nothing(sets: tuple[str, ...]) -> None:
     words = [word for one in sets for word in ("--set", one)]
     done = subprocess.run([str(helm()), "lint", "--strict", CHART, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_every_value_is_explained() -> None:
-    """Every value has a comment above it, on its line, or above its parent."""
-    lines = (CHART / "values.yaml").read_text().splitlines()
-    assert isinstance(yaml.safe_load("\n".join(lines)), dict)
-    sections = [number for number, line in enumerate(lines) if line and line[0] not in " #-{"]
-    bare = [lines[number] for number in sections if not explained(lines, number)]
-    assert not bare
-
-
-def explained(lines: list[str], number: int) -> bool:
-    if lines[number - 1].startswith("#") and not lines[number - 1].startswith("# ---"):
-        return True
-    first = next((line for line in lines[number + 1 :] if line.strip()), "")
-    if lines[number].endswith(":") and first.strip().startswith("#"):
-        return True
-    # One of a group under one comment: the line before is a value of it.
-    before = lines[number - 1]
-    return bool(before) and not before.startswith("#") and explained(lines, number - 1)

@@ -94,3 +94,39 @@ Whether an object of the cluster (dict root, object) belongs to this release; em
 {{- $annotations := .object.metadata.annotations | default dict }}
 {{- if and (eq (index $annotations "meta.helm.sh/release-name" | default "") .root.Release.Name) (eq (index $annotations "meta.helm.sh/release-namespace" | default "") .root.Release.Namespace) }}true{{ end -}}
 {{- end }}
+
+{{/* Refuse parameters that the driver does not know. Call with (dict "place" PATH "classes" LIST "known" NAMES): an
+     unknown one would be refused when the first volume is created. */}}
+{{- define "nvmesh-csi.validateParameters" -}}
+{{- $known := splitList " " .known -}}
+{{- range $class := .classes -}}
+{{- range $key, $_ := $class.parameters -}}
+{{- if not (or (has $key $known) (hasPrefix "csi.storage.k8s.io/" $key) (regexMatch "^encryption\\.[A-Za-z]+$" $key)) -}}
+{{- $nearest := "" -}}
+{{- $least := 4 -}}
+{{- range $known -}}
+{{- $distance := include "nvmesh-csi.distance" (list (lower $key) (lower .)) | int -}}
+{{- $letters := splitList "" (lower .) | sortAlpha | join "" -}}
+{{- if eq $letters (splitList "" (lower $key) | sortAlpha | join "") -}}{{- $distance = 1 -}}{{- end -}}
+{{- if lt $distance $least -}}{{- $nearest = . -}}{{- $least = $distance -}}{{- end -}}
+{{- end -}}
+{{- fail (printf "%s: class %s has the parameter %s, which the driver does not know; %s" $.place $class.name $key (ternary "docs/parameters.md lists them" (printf "did you mean %s?" $nearest) (empty $nearest))) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Number of letters to add, remove or change between two words (Levenshtein). Call with (list WORD WORD). */}}
+{{- define "nvmesh-csi.distance" -}}
+{{- $second := last . | splitList "" -}}
+{{- $row := until (len $second | add1 | int) -}}
+{{- range $i, $one := first . | splitList "" -}}
+{{- $next := list (add1 $i) -}}
+{{- range $j, $other := $second -}}
+{{- $changed := add (index $row $j) (ternary 0 1 (eq $one $other)) -}}
+{{- $next = append $next (min $changed (add1 (index $row (add1 $j))) (add1 (index $next $j))) -}}
+{{- end -}}
+{{- $row = $next -}}
+{{- end -}}
+{{- last $row -}}
+{{- end -}}

@@ -68,9 +68,14 @@
 {{- $affinity := deepCopy .Values.node.affinity -}}
 {{- if $others -}}
 {{- $terms := list -}}
-{{- range dig "nodeAffinity" "requiredDuringSchedulingIgnoredDuringExecution" "nodeSelectorTerms" (list dict) $affinity -}}
-{{- $terms = append $terms (set . "matchExpressions" (concat (.matchExpressions | default list) $others)) -}}
+{{- range dig "nodeAffinity" "requiredDuringSchedulingIgnoredDuringExecution" "nodeSelectorTerms" list $affinity -}}
+{{- /* A term without a condition selects no node. */ -}}
+{{- if or .matchExpressions .matchFields -}}
+{{- $_ := set . "matchExpressions" (concat (.matchExpressions | default list) $others) -}}
 {{- end -}}
+{{- $terms = append $terms . -}}
+{{- end -}}
+{{- $terms = $terms | default (list (dict "matchExpressions" $others)) -}}
 {{- $required := dict "nodeSelectorTerms" $terms -}}
 {{- $affinity = mergeOverwrite $affinity (dict "nodeAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" $required)) -}}
 {{- end -}}

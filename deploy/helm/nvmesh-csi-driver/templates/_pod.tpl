@@ -49,7 +49,7 @@ hostAliases: {{- toYaml . | nindent 2 }}
 {{- with $values.runtimeClassName }}
 runtimeClassName: {{ . | quote }}
 {{- end }}
-securityContext: {{- mergeOverwrite (include (ternary "nvmesh-csi.unprivilegedPod" "nvmesh-csi.privilegedPod" (eq .role "controller")) . | fromYaml) (deepCopy $values.podSecurityContext) | toYaml | nindent 2 }}
+securityContext: {{- mergeOverwrite (include (ternary "nvmesh-csi.unprivilegedPod" "nvmesh-csi.privilegedPod" (eq .role "controller")) . | fromYaml) ($values.podSecurityContext | default dict | deepCopy) | toYaml | nindent 2 }}
 {{- with $values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -82,7 +82,7 @@ envFrom: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- include "nvmesh-csi.probes" . }}
 resources: {{- toYaml $values.resources | nindent 2 }}
-securityContext: {{- mergeOverwrite (include (ternary "nvmesh-csi.privileged" "nvmesh-csi.unprivileged" $isPrivileged) . | fromYaml) (deepCopy $values.securityContext) | toYaml | nindent 2 }}
+securityContext: {{- mergeOverwrite (include (ternary "nvmesh-csi.privileged" "nvmesh-csi.unprivileged" $isPrivileged) . | fromYaml) ($values.securityContext | default dict | deepCopy) | toYaml | nindent 2 }}
 {{- if $isPrivileged }}
 # The usual place lies in /dev, which is the host's here.
 terminationMessagePath: /tmp/termination-log

@@ -44,7 +44,7 @@ provisioner{{ if eq .Values.attachBy "controller" }} attacher{{ end }} resizer{{
 image: {{ include "nvmesh-csi.image" (dict "root" .root "image" $sidecar.image) }}
 imagePullPolicy: {{ $sidecar.image.pullPolicy }}
 resources: {{- $sidecar.resources | default $all.resources | toYaml | nindent 2 }}
-securityContext: {{- mergeOverwrite $own (deepCopy $all.securityContext) | toYaml | nindent 2 }}
+securityContext: {{- mergeOverwrite $own ($all.securityContext | default dict | deepCopy) | toYaml | nindent 2 }}
 {{- end -}}
 
 {{- define "nvmesh-csi.sidecarEnv" -}}

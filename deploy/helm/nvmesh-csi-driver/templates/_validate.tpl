@@ -34,15 +34,33 @@
 {{- fail (printf "name of the storage's Service: expected letters, digits and '-', the first a letter, got %s: set fullnameOverride, or rename the release" $name) -}}
 {{- end -}}
 {{- include "nvmesh-csi.validateSnapshots" . -}}
-{{- include "nvmesh-csi.validateLabels" . -}}
+{{- $daemonSets := dict "node" $v.node -}}
+{{- range $name, $own := $v.additionalDaemonSets -}}
+{{- $_ := set $daemonSets (printf "additionalDaemonSets.%s" $name) (mergeOverwrite (deepCopy $v.node) (deepCopy $own)) -}}
+{{- end -}}
+{{- include "nvmesh-csi.validateByName" (dict "place" "" "value" $v) -}}
+{{- include "nvmesh-csi.validatePods" . -}}
+{{- include "nvmesh-csi.validateRollout" (dict "place" "controller" "strategy" $v.controller.updateStrategy) -}}
+{{- range $place, $node := $daemonSets -}}
+{{- include "nvmesh-csi.validateRollout" (dict "place" $place "strategy" $node.updateStrategy "isDaemonSet" true) -}}
+{{- include "nvmesh-csi.validateGrace" (dict "role" $place "values" $node) -}}
+{{- end -}}
+{{- include "nvmesh-csi.validateParameters" (dict "place" "storageClasses" "classes" $v.storageClasses "known" (include "nvmesh-csi.storageClassParameters" .)) -}}
+{{- include "nvmesh-csi.validateParameters" (dict "place" "volumeAttributesClasses" "classes" $v.volumeAttributesClasses "known" (include "nvmesh-csi.volumeAttributesClassParameters" .)) -}}
+{{- range list "volumeAttributesClasses" "volumeSnapshotClasses" "volumeGroupSnapshotClasses" -}}
+{{- include "nvmesh-csi.validateNames" (dict "place" . "classes" (index $v .)) -}}
+{{- end -}}
 {{- include "nvmesh-csi.validatePorts" . -}}
 {{- include "nvmesh-csi.validateLease" .Values.sidecars.leaderElection -}}
-{{- $away := $v.controller.podDisruptionBudget.maxUnavailable -}}
-{{- if and $v.controller.podDisruptionBudget.enabled (has (toString $away) (list "0" "0%")) -}}
-{{- fail (printf "controller.podDisruptionBudget.maxUnavailable: expected at least 1, got %v: no node with a controller could be drained; enabled: false removes the budget" $away) -}}
+{{- $budget := $v.controller.podDisruptionBudget -}}
+{{- if and $budget.enabled (not $budget.minAvailable) (has (toString $budget.maxUnavailable) (list "0" "0%")) -}}
+{{- fail (printf "controller.podDisruptionBudget.maxUnavailable: expected at least 1, got %v: no node with a controller could be drained; enabled: false removes the budget" $budget.maxUnavailable) -}}
+{{- end -}}
+{{- $stays := toString $budget.minAvailable -}}
+{{- if and $budget.enabled (or (eq $stays "100%") (and (not (hasSuffix "%" $stays)) (ge (int $stays) (int $v.controller.replicas)) (gt (int $v.controller.replicas) 1))) -}}
+{{- fail (printf "controller.podDisruptionBudget.minAvailable: expected less than the %v of controller.replicas, got %v: no node with a controller could be drained" $v.controller.replicas $stays) -}}
 {{- end -}}
 {{- include "nvmesh-csi.validateGrace" (dict "role" "controller" "values" $v.controller) -}}
-{{- include "nvmesh-csi.validateGrace" (dict "role" "node" "values" $v.node) -}}
 {{- end -}}
 
 {{/* The grace period must exceed the driver's own times. Times with units are not checked. */}}
@@ -73,21 +91,6 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Selector labels are reserved for the chart. */}}
-{{- define "nvmesh-csi.validateLabels" -}}
-{{- $all := dict "commonLabels" .Values.commonLabels -}}
-{{- range $role := list "controller" "node" "storage" -}}
-{{- $_ := set $all (printf "%s.podLabels" $role) (index $.Values $role).podLabels -}}
-{{- end -}}
-{{- range $place, $labels := $all -}}
-{{- range $key, $_ := $labels -}}
-{{- if or (hasPrefix "app.kubernetes.io/" $key) (hasPrefix "helm.sh/" $key) -}}
-{{- fail (printf "%s has the label %s: labels below app.kubernetes.io and helm.sh are set by the chart, which finds its pods by them; rename it" $place $key) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-
 {{/* Ports in one pod must differ. */}}
 {{- define "nvmesh-csi.validatePorts" -}}
 {{- $side := .Values.sidecars -}}
@@ -98,12 +101,18 @@
 {{- $node := dict "node.http.port" .Values.node.http.port "sidecars.livenessprobe.nodePort" (ternary $side.livenessprobe.nodePort 0 $probe) -}}
 {{- if .Values.csiAddons.enabled -}}{{- $_ := set $node "sidecars.csiAddons.nodePort" $side.csiAddons.nodePort -}}{{- end -}}
 {{- $storage := dict "storage.http.port" .Values.storage.http.port "storage.service.port" .Values.storage.service.port -}}
-{{- range list $controller $node $storage -}}
+{{- $pods := list $storage -}}
+{{- if and .Values.controller.hostNetwork .Values.node.hostNetwork -}}
+{{- $pods = append $pods (merge (dict) $controller $node) -}}
+{{- else -}}
+{{- $pods = append (append $pods $controller) $node -}}
+{{- end -}}
+{{- range $pods -}}
 {{- $taken := dict -}}
 {{- range $value, $port := . -}}
 {{- $key := int $port | toString -}}
 {{- if and $port (hasKey $taken $key) -}}
-{{- fail (printf "%s and %s are both %s: they listen in one pod; set different ports" (get $taken $key) $value $key) -}}
+{{- fail (printf "%s and %s are both %s: they listen in one pod, or on one host's network; set different ports" (get $taken $key) $value $key) -}}
 {{- end -}}
 {{- $_ := set $taken $key $value -}}
 {{- end -}}
