@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from csi_driver.errors import PreconditionFailed, SystemCallFailed, shown
 from csi_driver.host.block_devices import SYS_DEV_BLOCK
 from csi_driver.host.connectors.nvmesh import parse_opens
-from csi_driver.host.mount_table import read_table
+from csi_driver.host.mount_table import Entry, read_table, uses_mount
 from csi_driver.host_model import DeviceNumber
 from csi_driver.model import VolumeHandle
 
 _PROC = Path("/proc")
+_DEVICE_DIRECTORIES = ("/dev/", "/volumeDevices/")
+"""Where device nodes are: the machine's, and those of kubelet."""
 
 
 def device_users(devices: Path, status: Path, volume_id: str) -> dict[str, object]:
@@ -43,18 +45,17 @@ def device_users(devices: Path, status: Path, volume_id: str) -> dict[str, objec
         return {**found, "device": ""}
     numbers = {number, *_above(number)}
     names = {Path(os.path.realpath(SYS_DEV_BLOCK / str(each))).name for each in numbers}
-    nodes = {f"/{name}" for name in names} | {f"/{devices.name}/{handle.name}"}
-    mounts = [
-        entry
-        for entry in read_table()
-        # A btrfs has an anonymous number. Raw block volumes are bind mounts of a device node.
-        if entry.number in numbers or Path(entry.source).name in names or str(entry.root) in nodes
-    ]
+    # A btrfs has an anonymous number. Raw block volumes are bind mounts of a device node.
+    sources = {str(device), *(f"/dev/{name}" for name in names)}
+    nodes = {f"/{name}" for name in names}
+    table = read_table()
+    mounts = [entry for entry in table if entry.number in numbers or entry.source in sources]
+    bound = [each for each in table if each.root in nodes or each.root.endswith(f"/{devices.name}/{handle.name}")]
     return {
         **found,
         "devices": [str(each) for each in sorted(numbers, key=str)],
-        "mounts": sorted(str(entry.path) for entry in mounts),
-        "processes": list(_processes(numbers, {entry.number for entry in mounts} & numbers)),
+        "mounts": sorted(str(entry.path) for entry in (*mounts, *bound)),
+        "processes": list(_processes(numbers, mounts)),
     }
 
 
@@ -68,20 +69,28 @@ def _above(number: DeviceNumber) -> Iterator[DeviceNumber]:
                 yield from _above(DeviceNumber.parse(text))
 
 
-def _processes(numbers: set[DeviceNumber], mounted: set[DeviceNumber]) -> Iterator[dict[str, object]]:
+def _processes(numbers: set[DeviceNumber], mounts: Sequence[Entry]) -> Iterator[dict[str, object]]:
+    """Yield the processes that have the device open, or a file of one of its mounts."""
+    caches: list[dict[str, frozenset[str]]] = [{} for _ in mounts]
     for process in _PROC.iterdir():
         if not process.name.isdigit():
             continue
-        with contextlib.suppress(OSError):
-            for fd in (process / "fd").iterdir():
-                state = fd.stat()
-                if _number(state.st_rdev) in numbers or _number(state.st_dev) in mounted:
-                    yield {
-                        "pid": int(process.name),
-                        "command": _text(process / "comm").strip(),
-                        "file": os.readlink(fd),
-                    }
-                    break
+        used = [
+            str(mount.path)
+            for mount, cache in zip(mounts, caches, strict=True)
+            if uses_mount(process, mount.path, mount.number, cache)
+        ]
+        if file := next(_opened(process, numbers), "") or next(iter(used), ""):
+            yield {"pid": int(process.name), "command": _text(process / "comm").strip(), "file": file}
+
+
+def _opened(process: Path, numbers: set[DeviceNumber]) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for fd in (process / "fd").iterdir():
+            file = os.readlink(fd)
+            # Other files may be on a filesystem that hangs.
+            if any(part in file for part in _DEVICE_DIRECTORIES) and _number(fd.stat().st_rdev) in numbers:
+                yield file
 
 
 def _number(device: int) -> DeviceNumber:

@@ -131,11 +131,12 @@ def _holders(path: Path) -> Iterator[str]:
     for process in _PROC.iterdir():
         if time.monotonic() > ends_at_s:
             return
-        if process.name.isdigit() and _uses(process, path, own.number, mounts_of):
+        if process.name.isdigit() and uses_mount(process, path, own.number, mounts_of):
             yield f"pid {process.name} ({_name(process)})"
 
 
-def _uses(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, frozenset[str]]) -> bool:
+def uses_mount(process: Path, path: Path, number: DeviceNumber, mounts_of: dict[str, frozenset[str]]) -> bool:
+    """Return whether a process, a directory of /proc, has something of a mount open. `mounts_of`: a cache."""
     # Open files have the mount's id (`mnt_id` of proc_pid_fdinfo(5)), which differs between mount namespaces.
     try:
         namespace = os.readlink(process / "ns/mnt")
