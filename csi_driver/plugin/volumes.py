@@ -201,13 +201,20 @@ class Tree:
     """Volumes, below each its snapshots, and below those the volumes that were made of them."""
 
     def __init__(self, found: Sequence[Row], storage: Mapping[str, Any]) -> None:
-        self._owners = {row.handle: f"{row.namespace}/{row.claim}" if row.claim else row.pv for row in found}
         self._volumes, self._snapshots = list(storage["volumes"]), list(storage["snapshots"])
-        known = {each["id"] for each in self._snapshots} | {each["handle"] for each in self._volumes}
+        index = by_handle(self._volumes)
+        self._owners: dict[str, list[str]] = {}
+        for row in found:
+            if row.pv and (volume := find(index, row.handle)):
+                owner = f"{row.namespace}/{row.claim}" if row.claim else row.pv
+                self._owners.setdefault(volume["uuid"], []).append(owner)
+        cut = {each["id"] for each in self._snapshots}
         self._copies: dict[str, list[Volume]] = {}
         for volume in self._volumes:
             source = (volume["source"] or {}).get("id", "")
-            self._copies.setdefault(source if source in known else "", []).append(volume)
+            origin = find(index, source)  # a person may have written another reference
+            key = source if source in cut else origin["uuid"] if origin else ""
+            self._copies.setdefault(key, []).append(volume)
 
     def lines(self) -> Iterator[str]:
         for volume in self._copies.get("", ()):
@@ -219,10 +226,10 @@ class Tree:
             yield from self._cut(uuid, "  ")
 
     def _of_volume(self, volume: Volume, indent: str) -> Iterator[str]:
-        owner = self._owners.get(volume["handle"]) or "no PersistentVolume"
+        owner = ", ".join(self._owners.get(volume["uuid"], ())) or "no PersistentVolume"
         yield f"{indent}volume {volume['name']}, {size(volume['usableBytes'])}: {owner}"
         yield from self._cut(volume["uuid"], f"{indent}  ")
-        yield from self._copies_of(volume["handle"], f"{indent}  ")
+        yield from self._copies_of(volume["uuid"], f"{indent}  ")
 
     def _cut(self, uuid: str, indent: str) -> Iterator[str]:
         for snapshot in self._snapshots:

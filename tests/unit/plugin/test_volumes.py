@@ -95,6 +95,19 @@ def test_the_tree_shows_snapshots_and_copies_below_their_source() -> None:
     ]
 
 
+def test_the_tree_names_every_claim_of_a_shared_volume_and_the_copies_of_volumes() -> None:
+    shared = made.volume_of_claim("other", handle=f"zone-a:csi-1:{made.UUID}:team-b", claim_name="again")
+    source = {"kind": "volume", "id": f"zone-a:csi-1:{made.UUID}:team-b"}
+    copy = made.stored("csi-2", OTHER_UUID, handle="zone-a:csi-2", source=source)
+    storage = {"volumes": [made.stored(), copy], "snapshots": []}
+    claims = (made.claim(), made.claim("again"))
+    found = listed(*claims, made.volume_of_claim(), shared, volumes=storage["volumes"])
+    assert list(Tree(found, storage).lines()) == [
+        "volume csi-1, 10Gi: default/data, default/again",
+        "  volume csi-2, 10Gi: no PersistentVolume",
+    ]
+
+
 def test_columns_are_as_wide_as_their_longest_cell() -> None:
     assert list(table(("A", "B"), [("long", "x"), ("y", "z")])) == ["A      B", "long   x", "y      z"]
 
