@@ -23,6 +23,8 @@ SANITY_VERSION := v5.6.0
 SANITY := $(CACHE)/bin/csi-sanity-$(SANITY_VERSION)
 HELM_VERSION := v4.3.1
 HELM := $(CACHE)/bin/helm-$(HELM_VERSION)
+PROMTOOL_VERSION := v0.313.3
+PROMTOOL := $(CACHE)/bin/promtool-$(PROMTOOL_VERSION)
 MERMAID := $(CACHE)/mermaid.min.js
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PATH := $(CURDIR)/$(CACHE)/bin:$(PATH)
@@ -44,15 +46,15 @@ ifdef PYTEST_ARGS
 	@echo '== pytest'
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-	@# Tests without shared state first, in parallel; then tests that share the machine, one after the other, while helm is
-	@# built on the other core if needed; chart tests last, as they need it.
+	@# Tests without shared state first, in parallel; then tests that share the machine, one after the other, while helm and
+	@# promtool are built on the other core if needed; chart tests last, as they need them.
 	@mkdir -p $(CACHE) ; \
-	GOMAXPROCS=1 nice $(MAKE) --no-print-directory $(HELM) > $(CACHE)/helm.log 2>&1 & helm=$$! ; \
+	GOMAXPROCS=1 nice $(MAKE) --no-print-directory $(HELM) $(PROMTOOL) > $(CACHE)/tools.log 2>&1 & tools=$$! ; \
 	echo '== pytest: $(QUICK_TESTS), side by side' ; \
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(QUICK_TESTS) --ignore=$(CHART_TESTS) ; quick=$$? ; \
 	echo '== pytest: $(MACHINE_TESTS)' ; \
 	$(BIN)/python -m pytest $(MACHINE_TESTS) ; machine=$$? ; \
-	wait $$helm || { cat $(CACHE)/helm.log ; echo '== helm could not be built' ; exit 1 ; } ; \
+	wait $$tools || { cat $(CACHE)/tools.log ; echo '== helm or promtool could not be built' ; exit 1 ; } ; \
 	echo '== pytest: $(CHART_TESTS)' ; \
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(CHART_TESTS) ; chart=$$? ; \
 	[ $$quick = 0 ] || echo '== failed above: $(QUICK_TESTS)' ; \
@@ -207,6 +209,12 @@ $(HELM):
 
 .PHONY: helm
 helm: $(HELM) ## build helm for the chart tests in $(CACHE)/bin (3 min / 0 s)
+
+$(PROMTOOL):
+	@tests/tools/install-promtool $(PROMTOOL_VERSION) $@ '$(PYTHON)'
+
+.PHONY: promtool
+promtool: $(PROMTOOL) ## build promtool for the tests of the alerts in $(CACHE)/bin (3 min / 0 s)
 
 .PHONY: debian-packages
 debian-packages:
