@@ -154,6 +154,7 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.host.luks import LuksFiles
     from csi_driver.host.reflink import ReflinkedFiles
     from csi_driver.host.sparse_files import SparseFiles
+    from csi_driver.telemetry import tracing
     from csi_driver.telemetry.metrics import process
     from csi_driver.telemetry.pages import serving
 
@@ -173,15 +174,9 @@ def _storage(command: StorageCommand) -> int:
     can_encrypt = headers.are_possible()
     if not can_encrypt:
         _LOG.warning("the storage cannot encrypt volumes: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
-    return serve(
-        command.storage,
-        LoopDevices(),
-        headers if can_encrypt else None,
-        pages,
-        ReflinkedFiles(),
-        freezes,
-        SparseFiles(),
-    )
+    luks = headers if can_encrypt else None
+    with tracing.recording(command.tracing, "storage", command.driver_name, driver_version()):
+        return serve(command.storage, LoopDevices(), luks, pages, ReflinkedFiles(), freezes, SparseFiles())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH, thread_pools
 from csi_driver.rpc.server import Server, Termination
 from csi_driver.settings import AttachBy, EndpointSettings
-from csi_driver.telemetry import metrics
+from csi_driver.telemetry import metrics, tracing
 from csi_driver.telemetry.pages import serving
 
 if TYPE_CHECKING:
@@ -88,7 +88,11 @@ def _reporter(
 
 
 def run_controller(command: ControllerCommand) -> int:
-    with _reporter(command.api, command.controller.driver_name, is_on=command.events) as reporter:
+    name = command.controller.driver_name
+    with (
+        tracing.recording(command.tracing, "controller", name, driver_version()),
+        _reporter(command.api, name, is_on=command.events) as reporter,
+    ):
         return _run_controller(command, reporter)
 
 
@@ -172,7 +176,10 @@ def _controller_use_cases(
 
 def run_node(command: NodeCommand) -> int:
     node = command.node
-    with _reporter(command.api, node.driver_name, is_on=command.events, node_name=node.node_name) as reporter:
+    with (
+        tracing.recording(command.tracing, "node", node.driver_name, driver_version()),
+        _reporter(command.api, node.driver_name, is_on=command.events, node_name=node.node_name) as reporter,
+    ):
         return _run_node(command, reporter)
 
 

@@ -27,6 +27,7 @@ from csi_driver.flags import (
 )
 from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings, is_loopback
 from csi_driver.telemetry.log import LogSettings
+from csi_driver.telemetry.tracing import TracingSettings
 
 ALLOW_FORMAT, SHOW, LIST, HOLDERS = "allow-format", "show", "list", "holders"
 
@@ -94,6 +95,7 @@ class ControllerCommand(ClusterCommand):
     api: settings.ApiSettings = section(settings.ApiSettings)
     http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
     status: settings.HttpSettings | None = settings.STATUS_LISTEN.field()
+    tracing: TracingSettings = section(TracingSettings)
     log: LogSettings = section(LogSettings)
 
     def problems(self, values: Values) -> Iterator[str]:
@@ -104,6 +106,7 @@ class ControllerCommand(ClusterCommand):
                 f"--status-listen {self.status}: expected 127.0.0.1 or ::1, as passwords cross the network unencrypted"
                 " to any other address"
             )
+        yield from self.tracing.problems()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,7 @@ class NodeCommand(Command):
     events: bool = settings.EVENTS.field()
     api: settings.ApiSettings = section(settings.ApiSettings)
     http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
+    tracing: TracingSettings = section(TracingSettings)
     log: LogSettings = section(LogSettings)
 
     @classmethod
@@ -152,6 +156,7 @@ class NodeCommand(Command):
         taint = bool(self.node_object.startup_taint)
         wanted = {"--node-label": self.node_object.label, "--startup-taint": taint, "--events": self.events}
         yield from _without_api(self.api, wanted)
+        yield from self.tracing.problems()
         registration = self.registration
         if registration is None and self.kubelet_endpoint is not None:
             yield "--kubelet-endpoint requires --kubelet-registration-directory"

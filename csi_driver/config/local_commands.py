@@ -14,17 +14,20 @@ from csi_driver.local.doctor import Target
 from csi_driver.local.settings import DemoSettings, LocalSettings
 from csi_driver.settings import DRIVER_NAME, HTTP_LISTEN, HttpSettings
 from csi_driver.telemetry.log import LogSettings
+from csi_driver.telemetry.tracing import TracingSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageCommand(Command):
     storage: StorageSettings = section(StorageSettings)
     driver_name: str = DRIVER_NAME.field()
+    tracing: TracingSettings = section(TracingSettings)
     http: HttpSettings | None = HTTP_LISTEN.field()
     log: LogSettings = section(LogSettings)
 
     def problems(self, values: Values) -> Iterator[str]:
-        return self.storage.problems()
+        yield from self.storage.problems()
+        yield from self.tracing.problems()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

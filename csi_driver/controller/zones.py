@@ -15,6 +15,7 @@ from csi_driver.controller.volume_metadata import Creation, read_creation, reser
 from csi_driver.deadline import Deadline
 from csi_driver.model import Segments
 from csi_driver.storage_model import Reservation, Volume
+from csi_driver.telemetry import tracing
 from csi_driver.thread_pool import Pool
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class ZonePool:
     _pools: dict[str, Pool] = field(default_factory=dict)
 
     def submit(self, zone: str, request: Callable[[], T]) -> Future[T]:
-        return self._pools.setdefault(zone, Pool(f"zone-{zone}", self.per_zone)).submit(request)
+        return self._pools.setdefault(zone, Pool(f"zone-{zone}", self.per_zone)).submit(tracing.carried(request))
 
 
 ZONE_POOL = ZonePool()

@@ -62,6 +62,7 @@ from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import DriverError
 from csi_driver.http_requests import HttpRequest, HttpResponse
 from csi_driver.status_page.login import LoginLimit
+from csi_driver.telemetry import tracing
 
 _log = logging.getLogger(__name__)
 
@@ -171,9 +172,11 @@ class Api:
                 return HttpResponse(302, headers=(("Location", "/login"),))
             for count in range(3):
                 fixed = len(parts) - count
-                route = self.routes.get((request.method, "/".join(parts[:fixed] + ["*"] * count)))
+                pattern = "/".join(parts[:fixed] + ["*"] * count)
+                route = self.routes.get((request.method, pattern))
                 if route is not None and all(parts[fixed:]):
-                    return answer_text(route(request, parts[fixed:]))
+                    with tracing.received(pattern, request.headers.items, method=request.method):
+                        return answer_text(route(request, parts[fixed:]))
         except (Unusable, ValidationError, InvalidQuery, QueryRefused, DriverError, OSError) as error:
             return _refused(request, error)
         return answer({"success": False, "err": "404 (Not Found)"}, 404)

@@ -24,6 +24,7 @@ from csi_driver.host.mount_options import configure, mount_error, refused, shown
 from csi_driver.host.mount_table import describe_holders, read_table
 from csi_driver.host.syscalls import closing, fd_path, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, Mount
+from csi_driver.telemetry import tracing
 
 _BUSY_GRACE_S = 1.0
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
@@ -112,6 +113,7 @@ class LinuxMounts:
         wanted = sort_options(options, read_only=read_only)
         with contextlib.ExitStack() as stack:
             target_fd = stack.enter_context(closing(self.open_at(target)))
+            stack.enter_context(tracing.step("mount"))
             what = f"mount {device.path} at {target}"
             context = configure(stack, device, fs_type, wanted)
             try:
@@ -124,7 +126,11 @@ class LinuxMounts:
 
     def bind(self, source: Path, target: Path, *, read_only: bool) -> None:
         what = f"bind {source} at {target}"
-        with closing(self.open_at(target)) as target_fd, closing(self._open_source(source)) as source_fd:
+        with (
+            tracing.step("bind"),
+            closing(self.open_at(target)) as target_fd,
+            closing(self._open_source(source)) as source_fd,
+        ):
             if read_only and not syscalls.has_mount_setattr():
                 _bind_read_only(source_fd, target, target_fd, what)
                 return
@@ -164,7 +170,7 @@ class LinuxMounts:
             if failure.errno in _ABSENT:
                 return
             raise
-        with closing(parent_fd):
+        with closing(parent_fd), tracing.step("unmount"):
             held_path = Path(fd_path(parent_fd), path.name)
             if lost is not None:
                 shut_down(held_path, lost)

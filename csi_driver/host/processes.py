@@ -30,6 +30,7 @@ from csi_driver.errors import CommandFailed, CommandTimedOut, HostFailure, Syste
 from csi_driver.host import syscalls
 from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import RunningRole
+from csi_driver.telemetry import tracing
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ def run(
     """
     program, variables = _require_tool(argv[0]), {**_ENVIRONMENT, **(environment or {})}
     with (
+        tracing.step(argv[0]),
         system_call(f"start {argv[0]}"),
         closing(os.memfd_create("stdout")) as stdout,
         closing(os.memfd_create("stderr")) as stderr,
@@ -104,8 +106,8 @@ def run(
             raise
         status = _wait_for(argv, pid, timeout_s, on_device=on_device)
         output, text = _content(stdout), _content(stderr).decode(errors="replace")
-    if status not in accept:
-        raise CommandFailed(argv, status, text or output.decode(errors="replace"))
+        if status not in accept:
+            raise CommandFailed(argv, status, text or output.decode(errors="replace"))
     return Completed(status, output, text)
 
 

@@ -27,6 +27,7 @@ from csi_driver.background import run_detached
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, OutcomeUnknown, ServerUnreachable, StorageUnavailable, Unauthenticated
 from csi_driver.management.settings import ManagementSettings
+from csi_driver.telemetry import tracing
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer as Buffer
@@ -257,8 +258,10 @@ class Transport:
         if request.body is not None:
             headers["Content-Type"] = "application/json"
         try:
-            with self._connection() as connection:
+            with tracing.sent(request.method, request.path, headers) as span, self._connection() as connection:
                 response, content = connection.exchange(request, headers, deadline)
+                if span is not None:
+                    tracing.describe(span, server=self.server, status=response.status)
         except (_NotConnected, _IncompleteResponse, http.client.HTTPException, OSError) as error:
             raise self._failure(request, error) from error
         return _decode(

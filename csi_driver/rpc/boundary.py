@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
@@ -30,10 +30,13 @@ from csi_driver.rpc import validation
 from csi_driver.rpc.contract import ADDONS, RPCS, LockKey, Locks, Rpc, ThreadPools, thread_pools
 from csi_driver.rpc.pb import csi_pb2
 from csi_driver.rpc.redaction import describe
+from csi_driver.telemetry import tracing
 from csi_driver.telemetry.metrics import rpc_durations, running_calls
 from csi_driver.thread_pool import Pool
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from csi_driver.telemetry.metrics import Metric
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +64,8 @@ CODES: Mapping[type[errors.DriverError], grpc.StatusCode] = MappingProxyType(
 _MESSAGE_LIMIT_CHARACTERS = 1000
 # A status message travels in a trailer, where clients accept 8 KiB and a non-ASCII byte takes three characters
 # (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md, "Status-Message").
+_NAME_LIMIT_CHARACTERS = 256
+_NO_SPAN = nullcontext()
 _INTERNAL_ERROR = "internal error in the driver; its log has the details"
 _REPLY_MARGIN_S = 0.25
 """A call that hangs is answered this long before its deadline. A use case that waits ends earlier by itself
@@ -314,8 +319,11 @@ class _Behaviour:
             context.set_details(refusal.message)
             with context._state.condition:  # type: ignore[attr-defined]
                 _server._status(context._rpc_event, context._state, None)  # type: ignore[attr-defined]
+            _describe(span, self.rpc, request, refusal)
 
-        outcome = self.boundary.answer(self.rpc, self.handler, request, context.time_remaining(), late)
+        with _traced(self.rpc, context) as span:
+            outcome = self.boundary.answer(self.rpc, self.handler, request, context.time_remaining(), late)
+            _describe(span, self.rpc, request, outcome)
         if isinstance(outcome, Refusal):
             context.abort(outcome.code, outcome.message)
         return outcome
@@ -331,10 +339,37 @@ class _StreamBehaviour:
     experimental_thread_pool: Pool
 
     def __call__(self, request: Message | Unreadable, context: grpc.ServicerContext) -> Iterator[Message]:
-        for outcome in self.boundary.stream(self.rpc, self.handler, request, context.time_remaining()):
-            if isinstance(outcome, Refusal):
-                context.abort(outcome.code, outcome.message)
-            yield outcome
+        refusal: Refusal | None = None
+        with _traced(self.rpc, context) as span:
+            for outcome in self.boundary.stream(self.rpc, self.handler, request, context.time_remaining()):
+                if isinstance(outcome, Refusal):
+                    refusal = outcome
+                else:
+                    yield outcome
+            _describe(span, self.rpc, request, refusal)
+        if refusal is not None:
+            context.abort(refusal.code, refusal.message)
+
+
+def _traced(rpc: Rpc, context: grpc.ServicerContext) -> AbstractContextManager[Span | None]:
+    return tracing.received(rpc.method, context.invocation_metadata) if rpc.is_traced else _NO_SPAN
+
+
+def _describe(span: Span | None, rpc: Rpc, request: Message | Unreadable, outcome: Message | Refusal | None) -> None:
+    """Record names and the code of a call: nothing else of its request and its message."""
+    if span is None:
+        return
+    code = outcome.code if isinstance(outcome, Refusal) else _Code.OK
+    span.set_attributes({"rpc.system": "grpc", "rpc.service": rpc.service, "rpc.method": rpc.name})
+    span.set_attribute("rpc.grpc.status_code", code.value[0])
+    made = getattr(outcome, "volume", None)  # of CreateVolume
+    names = {
+        "csi.name": getattr(request, "name", ""),
+        "csi.volume_id": getattr(request, "volume_id", "") or getattr(made, "volume_id", ""),
+    }
+    span.set_attributes({key: value[:_NAME_LIMIT_CHARACTERS] for key, value in names.items() if value})
+    if code is not _Code.OK:
+        tracing.fail(span, code.name)
 
 
 def _tolerant(parse: Callable[[bytes], Message]) -> Callable[[bytes], Message | Unreadable]:

@@ -144,6 +144,11 @@ class Rpc:
         return self.method.rpartition("/")[0].removeprefix("/")
 
     @property
+    def is_traced(self) -> bool:
+        """Whether a trace shows the call: not one that only asks what the driver is, as probes do all the time."""
+        return self.pool is not Pool.INSTANT
+
+    @property
     def may_hang(self) -> bool:
         """Whether the call works on devices and mounts, where the kernel may block its thread for any time."""
         return self.pool is Pool.WORK and self.service.endswith(("Node", "EncryptionKeyRotationController"))

@@ -32,7 +32,12 @@ _CSI = {
     "--attach-by": "attachBy",
     "--events": "events.enabled",
 }
-_LOG = {"--log-level": "logLevel", "--log-format": "logFormat"}
+_LOG = {
+    "--log-level": "logLevel",
+    "--log-format": "logFormat",
+    "--tracing-endpoint": "tracing.endpoint",
+    "--tracing-sample-ratio": "tracing.sampleRatio",
+}
 _MANAGEMENT = {
     "--clusters-file": "management.zones and management.existingClusters",
     "--management-server": "management.servers",

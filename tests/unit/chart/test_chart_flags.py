@@ -141,6 +141,10 @@ BOTH = (
     Case((*NVMESH, "attachBy=node"), {"--attach-by": ["node"]}),
     Case((*NVMESH, "events.enabled=true"), {"--events": ["true"]}),
     Case((*NVMESH, "logLevel=debug", "logFormat=json"), {"--log-level": ["debug"], "--log-format": ["json"]}),
+    Case(
+        (*NVMESH, "tracing.endpoint=http://c:4317", "tracing.sampleRatio=0"),
+        {"--tracing-endpoint": ["http://c:4317"], "--tracing-sample-ratio": ["0"]},
+    ),
 )
 # Access to the management: always for the controller, for a node only with attachBy node.
 MANAGEMENT = (
@@ -193,6 +197,10 @@ CASES: Mapping[str, Sequence[Case]] = {
     "storage": (
         Case((*EMBEDDED, "driverName=fast.example.com"), {"--driver-name": ["fast.example.com"]}),
         Case((*EMBEDDED, "logLevel=debug", "logFormat=json"), {"--log-level": ["debug"], "--log-format": ["json"]}),
+        Case(
+            (*EMBEDDED, "tracing.endpoint=http://c:4317", "tracing.sampleRatio=0"),
+            {"--tracing-endpoint": ["http://c:4317"], "--tracing-sample-ratio": ["0"]},
+        ),
         Case((*EMBEDDED, "storage.poolDirectory=/p", "storage.size=3GiB"), {"--pool": ["/p"], "--size": ["3GiB"]}),
         Case((*EMBEDDED, "storage.deviceDirectory=/d"), {"--device-directory": ["/d"]}),
         Case((*EMBEDDED, "storage.statusDirectory=/t"), {"--status-directory": ["/t"]}),

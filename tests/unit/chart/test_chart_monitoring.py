@@ -318,3 +318,25 @@ def test_metrics_that_nobody_can_reach_are_refused() -> None:
         with pytest.raises(Refused, match=rf"{kind}\.enabled is true.*node\.http\.host"):
             render(*NVMESH, f"monitoring.{kind}.enabled=true", "node.hostNetwork=true")
     assert render(*NVMESH, *ON, "node.hostNetwork=true", "node.http.host=0.0.0.0").of("PodMonitor") != []
+
+
+@tool
+@with_helm
+@pytest.mark.parametrize(("ratio", "text"), [(0.25, "0.25"), (1e-6, "0.000001"), (1.0, "1"), (0.1, "0.1")])
+def test_the_part_of_the_traces_is_a_plain_number(ratio: float, text: str) -> None:
+    rendered = render(*EMBEDDED, values={"tracing": {"endpoint": "https://c:4317", "sampleRatio": ratio}})
+    for container in ("controller/driver", "node/driver", "storage/storage"):
+        assert {"--tracing-endpoint=https://c:4317", f"--tracing-sample-ratio={text}"} <= set(rendered.args(container))
+
+
+@tool
+@with_helm
+def test_a_collector_that_no_policy_lets_through_is_refused() -> None:
+    policy = "networkPolicy.enabled=true", "networkPolicy.egress.enabled=true"
+    egress = (*policy, "networkPolicy.egress.apiServer.cidrs={10.0.0.1/32}", "tracing.endpoint=http://c:4317")
+    with pytest.raises(Refused, match=r"networkPolicy\.egress\.extraRules is empty: name the collector"):
+        render(*EMBEDDED, *egress)
+    rule = {"to": [{"ipBlock": {"cidr": "10.9.0.0/16"}}]}
+    allowed = render(*EMBEDDED, *egress, values={"networkPolicy": {"egress": {"extraRules": [rule]}}})
+    assert allowed.one("NetworkPolicy", "-storage")["spec"]["egress"] == [rule]
+    assert rule in allowed.one("NetworkPolicy", "-controller")["spec"]["egress"]

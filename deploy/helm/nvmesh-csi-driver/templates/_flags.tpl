@@ -22,6 +22,12 @@
 {{- define "nvmesh-csi.logArgs" -}}
 - --log-level={{ (index .root.Values .role).logLevel | default .root.Values.logLevel }}
 - --log-format={{ .root.Values.logFormat }}
+{{- with .root.Values.tracing }}
+{{- if .endpoint }}
+- --tracing-endpoint={{ .endpoint }}
+- --tracing-sample-ratio={{ regexReplaceAll "[.]?0+$" (printf "%.6f" (float64 .sampleRatio)) "" }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* Flags of controller and node. Call as above. */}}
