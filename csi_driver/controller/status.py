@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the status page shows of the storage clusters, as their managements tell it. A page costs a few requests."""
+"""The status page's view of the storage clusters, read from their managements. A page costs up to four requests."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Named = TypeVar("Named", VolumeSummary, Snapshot)
 
 
 class StatusManagement(Management, Protocol):
-    """The storage management of one cluster, with what only the status page asks."""
+    """The storage management of one cluster, with the requests that only the status page sends."""
 
     def accepts(self, username: str, password: str, *, deadline: Deadline) -> bool:
         """Return whether a login with these credentials succeeds. One attempt; nothing of it is kept."""
 
     def volume_count(self, *, deadline: Deadline) -> int | None:
-        """Return the number of volumes, None where the management does not tell it."""
+        """Return the number of volumes, None if the management does not give it."""
 
     def client_states(self, *, deadline: Deadline) -> list[Client]:
         """Return all clients without their attachments."""

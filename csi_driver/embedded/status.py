@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the status page shows of the embedded manager. A part of a list costs its own rows alone, of any number."""
+"""The status page's view of the embedded manager. A part of a list reads its own rows alone."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class EmbeddedStatus:
         short = f"{free_bytes} bytes are free, expected at least {least} (--reserve); new volumes are refused"
         yield shown.Check("Pool", self.pool.why_unusable())
         yield shown.Check("Free space", "" if free_bytes >= least else short)
-        why = f"{unhealthy} of {self.store.count(VOLUMES)} not healthy; the errors say why"
+        why = f"{unhealthy} of {self.store.count(VOLUMES)} not healthy; the recent errors give the reasons"
         yield shown.Check("Volumes", why if unhealthy else "")
         for loop in self.loops:
             yield shown.Check(f"Background work: {loop.name}", loop.why_failing())

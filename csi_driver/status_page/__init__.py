@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A read-only web page of a storage management: what it holds and how it is, behind its own login."""
+"""A read-only web page of a storage management: its capacity, volumes and health, behind its own login."""

@@ -68,8 +68,8 @@ class PageSessions:
 class LoginLimit:
     """Slows guesses of a password down: after `free` failures in a row attempts of the same key need growing pauses.
 
-    A key is what attempts have in common: whoever shares it may have to wait, others never. An attempt that comes too
-    early is not made, and does not make the pause longer.
+    Attempts with one key wait for each other's pauses, others never. An attempt in a pause is not made, and does not
+    make the pause longer.
     """
 
     free: int = 10
@@ -103,7 +103,7 @@ class LoginLimit:
 
 
 def network_of(peer: str) -> str:
-    """Return what the addresses of one client have in common: the address, of IPv6 the first 64 bits."""
+    """Return the address of a client, of IPv6 its network: one client may have all its addresses."""
     try:
         address = ipaddress.ip_address(peer.partition("%")[0])
     except ValueError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page shows, and the port to it: the embedded manager and the controller have an implementation each.
+"""Values that the page shows, and the port to the storage: embedded manager and controller implement it.
 
-Sizes are int bytes; None is what an engine does not know. Texts come from users and programs: they are escaped where
-they are shown, not here.
+Sizes are int bytes; None: the engine does not know the value. Texts come from users and programs: they are escaped
+where they are shown, not here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A part of the storage that is watched; `problem`: what is wrong with it, "" = nothing."""
+    """The health of a part of the storage; `problem`: "" = none."""
 
     name: str
     problem: str = ""
@@ -150,7 +150,7 @@ class VolumeDetails:
 
 
 class Storage(Protocol):
-    """What the page reads. Each method may raise DriverError, whose message is shown to users that are logged in.
+    """The storage as the page reads it. Each method may raise DriverError; its message is shown after a login only.
 
     `is_ordered`: lists also come in descending order, and of unhealthy volumes alone.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's requests: login, sessions, what a browser may do with the page, and its paths. No server is known here.
+"""Responds to the page's requests: login, sessions, paths, and limits for browsers. It knows no server.
 
 GET and HEAD change nothing but the session's idle time. POST is for login and logout, from a form of the page itself.
 A request that names a host by which this server is not known is refused: with plain HTTP another site's name could be
@@ -45,11 +45,11 @@ _HEADERS = (
 )
 
 Values = Mapping[str, Any]
-"""What a template shows, by name."""
+"""Values of a template by name."""
 
 
 class _Refused(Exception):
-    """The request is answered with a status and a page that tells nothing else."""
+    """The request is answered with a status, and a page with no other detail."""
 
     def __init__(self, status: int, *headers: tuple[str, str]) -> None:
         self.status, self.headers = status, headers
@@ -74,7 +74,7 @@ class _View:
 
 @dataclass(eq=False)
 class StatusPage:
-    """`key`: what a login attempt has in common with others, for the limit. `cookie`: name of the session's cookie."""
+    """`key`: returns the key of a login attempt for the limit. `cookie`: name of the session's cookie."""
 
     storage: Storage
     cookie: str
