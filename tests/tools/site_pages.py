@@ -21,6 +21,9 @@ from tests.documents import ROOT, section, slug, text_of
 SCRIPT = ROOT / ".cache" / "mermaid.min.js"
 """Draws the diagrams in the reader's browser."""
 
+PICTURES = (".png", ".svg")
+"""Copied as they are; any other file is text."""
+
 Navigation = list[dict[str, Any]]
 
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
@@ -48,8 +51,9 @@ def write(pages: Path) -> None:
         waiting += linked
     for name, text in written.items():
         _update(pages / place(name), text.encode())
-    for drawing in (ROOT / "docs").glob("*.svg"):
-        _update(pages / drawing.name, drawing.read_bytes())
+    for picture in (ROOT / "docs").iterdir():
+        if picture.suffix in PICTURES:
+            _update(pages / picture.name, picture.read_bytes())
     _update(pages / "site.css", (ROOT / "docs" / "site" / "site.css").read_bytes())
 
 
@@ -58,7 +62,7 @@ def place(name: str) -> str:
     if name == "README.md":
         return "index.md"
     stem = name.removeprefix("docs/").removeprefix("deploy/")
-    return stem if stem.endswith((".md", ".svg")) else f"{stem}.md"
+    return stem if stem.endswith((".md", *PICTURES)) else f"{stem}.md"
 
 
 def navigation() -> Navigation:
@@ -99,7 +103,7 @@ def _page(name: str) -> tuple[str, list[str]]:
     pieces = []
     for piece, is_code in _pieces(path.read_text()):
         pieces.append(_indented(piece) if is_code else _LINK.sub(replaced, _with_anchors(_indented(piece), seen)))
-    return "".join(pieces), [there for there in linked if not there.endswith(".svg")]
+    return "".join(pieces), [there for there in linked if not there.endswith(PICTURES)]
 
 
 def _file(path: Path) -> str:
