@@ -8,25 +8,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 
 from csi_driver.model import Claim
 
 
 class EventReason(StrEnum):
-    """Reasons of events. docs/events.md promises that they do not change."""
+    """Reasons of events, with their action and type. docs/events.md promises that they do not change."""
+
+    action: str
+    type: str
+
+    def __new__(cls, word: str, action: str, type_: str = "Warning") -> Self:
+        made = str.__new__(cls, word)
+        made._value_, made.action, made.type = word, action, type_
+        return made
 
     # Reported by the node.
-    CONTENT_REFUSED = "VolumeContentRefused"
-    VOLUME_IN_USE = "VolumeInUse"
-    MOUNT_LOST = "VolumeMountLost"
-    MOUNT_CLEANED_UP = "VolumeMountCleanedUp"
-    GROWS_AT_NEXT_MOUNT = "VolumeGrowsAtNextMount"
+    CONTENT_REFUSED = "VolumeContentRefused", "Stage"
+    VOLUME_IN_USE = "VolumeInUse", "Unstage"
+    MOUNT_LOST = "VolumeMountLost", "Unmount"
+    MOUNT_CLEANED_UP = "VolumeMountCleanedUp", "Unmount", "Normal"
+    GROWS_AT_NEXT_MOUNT = "VolumeGrowsAtNextMount", "Expand"
     # Reported by the controller.
-    TAKEN_OVER = "VolumeTakenOver"
-    NOT_DETACHED = "VolumeNotDetached"
-    SPACE_NEARLY_PROMISED = "SpaceNearlyPromised"
-    SPACE_AVAILABLE = "SpaceAvailable"
+    TAKEN_OVER = "VolumeTakenOver", "Attach"
+    NOT_DETACHED = "VolumeNotDetached", "Detach"
+    SPACE_NEARLY_PROMISED = "SpaceNearlyPromised", "Provision"
+    SPACE_AVAILABLE = "SpaceAvailable", "Provision", "Normal"
 
 
 @dataclass(frozen=True, slots=True)

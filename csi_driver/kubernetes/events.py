@@ -15,8 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from types import MappingProxyType
-from typing import NamedTuple, Self
+from typing import Self
 
 from csi_driver.background import Worker
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
@@ -42,28 +41,6 @@ NOTE_LIMIT_BYTES = 1024  # noteLengthLimit of pkg/apis/core/validation/events.go
 _INSTANCE_LIMIT = 128
 _CLOSE_S = 1.0
 _JOB = "events"
-
-
-class Kind(NamedTuple):
-    """The verb that failed or was done (`action`), and whether it is only for information."""
-
-    action: str
-    is_normal: bool = False
-
-
-KINDS: Mapping[EventReason, Kind] = MappingProxyType(
-    {
-        EventReason.CONTENT_REFUSED: Kind("Stage"),
-        EventReason.VOLUME_IN_USE: Kind("Unstage"),
-        EventReason.MOUNT_LOST: Kind("Unmount"),
-        EventReason.MOUNT_CLEANED_UP: Kind("Unmount", is_normal=True),
-        EventReason.GROWS_AT_NEXT_MOUNT: Kind("Expand"),
-        EventReason.TAKEN_OVER: Kind("Attach"),
-        EventReason.NOT_DETACHED: Kind("Detach"),
-        EventReason.SPACE_NEARLY_PROMISED: Kind("Provision"),
-        EventReason.SPACE_AVAILABLE: Kind("Provision", is_normal=True),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +109,6 @@ class EventRecorder:
     node_name: str = ""
     clock: Clock = SYSTEM_CLOCK
     now: Callable[[], datetime] = _utc_now
-    dropped: int = field(default=0, init=False)
-    """Findings that found the queue full."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _series: OrderedDict[_Key, _Series] = field(default_factory=OrderedDict, init=False)
     _waiting: deque[_Key] = field(default_factory=deque, init=False)
@@ -184,7 +159,6 @@ class EventRecorder:
         series = self._series.pop(key, None)
         if series is None or (not series.is_waiting and now_s - series.reported_at_s > EXPIRY_S):
             if len(self._waiting) >= MOST_WAITING:
-                self.dropped += 1
                 return False
             series = _Series()
         self._series[key] = series  # the latest last
@@ -254,7 +228,6 @@ class EventRecorder:
     def _event(
         self, namespace: str, name: str, regarding: Mapping[str, str], reason: EventReason, note: str
     ) -> dict[str, object]:
-        kind = KINDS[reason]
         return {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
@@ -262,11 +235,11 @@ class EventRecorder:
             "eventTime": self._moment(),
             "reportingController": self.driver_name,
             "reportingInstance": self.instance[:_INSTANCE_LIMIT],
-            "action": kind.action,
+            "action": reason.action,
             "reason": reason.value,
             "regarding": {key: text for key, text in regarding.items() if text},
             "note": note,
-            "type": "Normal" if kind.is_normal else "Warning",
+            "type": reason.type,
         }
 
     def _moment(self) -> str:

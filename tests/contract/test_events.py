@@ -12,7 +12,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.kubernetes.api import attachment_name
-from csi_driver.kubernetes.events import KINDS, EventRecorder
+from csi_driver.kubernetes.events import EventRecorder
 from csi_driver.model import Claim
 from csi_driver.publish_context import PublishContext
 from csi_driver.reporting import EventReason, Subject
@@ -56,7 +56,7 @@ def test_an_event_of_each_reason_is_one_that_the_api_server_accepts(api: Api, re
     }  # fmt: skip
     assert event["metadata"]["namespace"] == "team-a"
     assert (event["reason"], event["reportingController"]) == (reason.value, DRIVER)
-    assert event["type"] == ("Normal" if KINDS[reason].is_normal else "Warning")
+    assert event["type"] == reason.type
     assert "\n" not in event["note"]
 
 
