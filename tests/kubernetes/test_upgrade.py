@@ -49,11 +49,11 @@ def previous_version() -> str:
 @pytest.fixture(scope="module")
 def previous(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The sources of the previous version."""
-    version = previous_version()
     try:
+        version = previous_version()
         git("cat-file", "-e", f"{version}^{{commit}}")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip(f"the history of git is needed, with {version}: git fetch --unshallow --tags")
+    except (OSError, subprocess.CalledProcessError) as problem:
+        pytest.skip(f"the history of git is needed: git fetch --unshallow --tags ({problem})")
     tree = tmp_path_factory.mktemp("previous") / "tree"
     git("worktree", "add", "--force", "--detach", str(tree), version)
     yield tree
