@@ -706,13 +706,3 @@ def test_a_path_that_holds_another_device_is_not_trimmed(machine: HostMachine) -
     machine.mounts.mount(other, target, "ext4", [], read_only=False)
     with pytest.raises(PreconditionFailed, match="holds device"):
         machine.filesystems.trim(target, device, "ext4", deadline=soon())
-
-
-def test_a_device_without_discards_is_known_by_its_error(machine: HostMachine) -> None:
-    volume, device = machine.formatted("ext4", SIZES["ext4"])
-    target = machine.place()
-    machine.mounts.mount(device, target, "ext4", [], read_only=False)
-    Path(f"/sys/block/loop{volume.loop.number}/queue/discard_max_bytes").write_text("0")
-    with pytest.raises(SystemCallFailed) as refused:
-        machine.filesystems.trim(target, device, "ext4", deadline=soon())
-    assert refused.value.errno == errno.EOPNOTSUPP
