@@ -9,11 +9,12 @@ import re
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import Protocol
 from urllib.parse import parse_qsl, unquote
 
 from csi_driver.http_server import BoundedServer, LimitedHandler, LimitedReader
@@ -29,14 +30,22 @@ _HEADER = re.compile(rb"[!-9;-~]+:[^\r\n\0]*\r?\n")
 _LENGTH = re.compile(r"[0-9]{1,15}")
 
 
+class Headers(Protocol):
+    """Headers by name; the server's are found in any case."""
+
+    def get(self, name: str, default: str, /) -> str: ...
+
+    def items(self) -> Iterable[tuple[str, str]]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """A request as it was received. `headers`: by lower-case name. `peer`: the client's address, without its port."""
+    """A request as it was received. `peer`: the client's address, without its port."""
 
     method: str
     path: str
     query: Mapping[str, str] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Headers = field(default_factory=dict[str, str], repr=False)
     body: bytes = field(default=b"", repr=False)
     peer: str = ""
 
@@ -161,7 +170,7 @@ class _Handler(LimitedHandler):
             "GET" if self.command == "HEAD" else self.command,
             unquote(path),
             dict(parse_qsl(query)),
-            {name.lower(): value for name, value in self.headers.items()},
+            self.headers,
             body,
             str(self.client_address[0]),
         )

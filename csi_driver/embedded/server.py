@@ -152,7 +152,7 @@ class StorageServer:
         )
         return StatusPage(
             status,
-            cookie="nvmesh-storage-status",
+            cookie_name="nvmesh-storage-status",
             is_tls=self.settings.tls_certificate is not None,
             key=lambda request, _, username: self.sessions.limit_key(request, username),
             limit=self.login_limit,

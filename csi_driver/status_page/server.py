@@ -32,7 +32,7 @@ def serving_status(settings: HttpSettings, storage: Storage) -> Iterator[HttpSet
     """
     page = StatusPage(
         storage,
-        cookie="nvmesh-controller-status",
+        cookie_name="nvmesh-controller-status",
         is_tls=False,
         key=lambda _request, zone, _username: zone,
         limit=LoginLimit(free=5, first_s=2.0, longest_s=300.0),

@@ -74,10 +74,10 @@ class _View:
 
 @dataclass(eq=False)
 class StatusPage:
-    """`key`: returns the key of a login attempt for the limit. `cookie`: name of the session's cookie."""
+    """`key`: returns the key of a login attempt for the limit. `cookie_name`: of the session's cookie."""
 
     storage: Storage
-    cookie: str
+    cookie_name: str
     is_tls: bool
     key: Callable[[HttpRequest, str, str], Hashable]
     limit: LoginLimit = field(default_factory=LoginLimit)
@@ -119,7 +119,7 @@ class StatusPage:
             return self._login_page(request.query.get("zone", ""))
         if name not in self._views:
             raise _Refused(404)
-        session = self.sessions.find(request.cookie(self.cookie))
+        session = self.sessions.find(request.cookie(self.cookie_name))
         if session is None:
             return _redirect(f"{ROOT}login")
         return self._view(name, session, request.query)
@@ -165,15 +165,15 @@ class StatusPage:
             _log.warning("status page: a login from %s was refused", request.peer)  # a name may be a password
             return self._login_page(zone, "Wrong user or password.", 401)
         self.limit.succeeded(key)
-        token = self.sessions.open(zone, request.cookie(self.cookie))
+        token = self.sessions.open(zone, request.cookie(self.cookie_name))
         return _redirect(ROOT, ("Set-Cookie", self._cookie_text(token)))
 
     def _log_out(self, request: HttpRequest) -> HttpResponse:
-        self.sessions.close(request.cookie(self.cookie))
+        self.sessions.close(request.cookie(self.cookie_name))
         return _redirect(f"{ROOT}login", ("Set-Cookie", f"{self._cookie_text('')}; Max-Age=0"))
 
     def _cookie_text(self, token: str) -> str:
-        return f"{self.cookie}={token}; HttpOnly; SameSite=Strict; Path={ROOT}{'; Secure' if self.is_tls else ''}"
+        return f"{self.cookie_name}={token}; HttpOnly; SameSite=Strict; Path={ROOT}{'; Secure' if self.is_tls else ''}"
 
     # --- views: template and values ---
 

@@ -161,7 +161,7 @@ def received(
     from opentelemetry.trace import SpanKind
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    carrier = {key: value for key, value in headers() if key in _HEADERS and isinstance(value, str)}
+    carrier = {key.lower(): value for key, value in headers() if key.lower() in _HEADERS and isinstance(value, str)}
     parent = TraceContextTextMapPropagator().extract(carrier)
     return _span(_Active.tracer, f"{method} {name}".strip(" /"), SpanKind.SERVER, parent)
 

@@ -116,7 +116,7 @@ def page_of(
 ) -> StatusPage:
     return StatusPage(
         storage or HostileStorage(),
-        cookie="status",
+        cookie_name="status",
         is_tls=is_tls,
         key=lambda request, zone, username: (request.peer, zone, username),
         limit=LoginLimit(free=3, clock=clock),
