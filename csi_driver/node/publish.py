@@ -141,7 +141,7 @@ class Publish:
         try:
             mounted, was_mounted = self._unmount(volume, target)
         except PreconditionFailed as busy:
-            self.reporter.report(Subject(volume_id=volume_id), EventReason.VOLUME_IN_USE, str(busy))
+            self.reporter.report(Subject(volume_id=volume_id), EventReason.VOLUME_IN_USE, f"volume {volume}: {busy}")
             raise
         if not was_mounted:  # a repeated call, or a crash: only these pay for looking at all loop devices
             self._release_left_over(volume, target)

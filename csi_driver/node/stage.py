@@ -109,7 +109,7 @@ class Stage:
             self.ownership.unmount(path, volume)
             self._close_encryption(volume)
         except PreconditionFailed as busy:
-            self._report(volume, EventReason.VOLUME_IN_USE, busy)
+            self._report(volume, EventReason.VOLUME_IN_USE, f"volume {volume}: {busy}")
             raise
         self._require_closed(volume, deadline.earlier(self.settings.answer_margin_s))
 

@@ -75,7 +75,8 @@ def test_a_mount_that_is_busy_is_reported(node: FakeNode, path: Path) -> None:
     entry.in_use = True
     with pytest.raises(PreconditionFailed, match="in use") as busy:
         node.unpublish() if path == TARGET else node.unstage()
-    assert node.reports.one() == (Subject(volume_id=VOLUME_ID), EventReason.VOLUME_IN_USE, str(busy.value))
+    note = f"volume {NAME}: {busy.value}"
+    assert node.reports.one() == (Subject(volume_id=VOLUME_ID), EventReason.VOLUME_IN_USE, note)
 
 
 def test_a_busy_mount_of_a_volume_that_was_taken_from_the_node_is_reported(node: FakeNode) -> None:
