@@ -46,7 +46,7 @@ def read_collector(value: str) -> str:
     return value
 
 
-@reader("RATIO")
+@reader("RATIO", "part of all")
 def read_ratio(value: str) -> float:
     if not re.fullmatch(r"0(\.[0-9]{1,9})?|1(\.0{1,9})?", value):
         raise ValueError("a number from 0 to 1")
