@@ -35,6 +35,7 @@ KUBECTL: Mapping[str, frozenset[str]] = {
         "nvmesh": "--namespace --output --tree --node --nodes --yes --bundle --unsearched --context -n -o",
         "logs": "--namespace --container --since --previous --selector -n -c -l",
         "patch": "--type --patch --namespace -n -p",
+        "port-forward": "--namespace -n",
         "rollout": "--namespace -n",
         "scale": "--replicas --namespace -n",
         "taint": "",
