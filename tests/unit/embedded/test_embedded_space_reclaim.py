@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
+from csi_driver.embedded.model import ATTACHMENTS
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_sparse_files import FakeSparseFiles
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
@@ -66,6 +67,14 @@ def test_a_volume_whose_detachment_is_not_done_is_refused(manager: Manager, loop
     manager.hold("slow:node-1")
     manager.detach("v1")
     assert error(manager.reclaim("v1")) == 91013
+
+
+def test_a_device_without_a_record_counts_as_use(manager: Manager, files: FakeSparseFiles) -> None:
+    manager.attach("v1")
+    identity = manager.uuid("v1")
+    manager.server.store.write(lambda change: change.delete(ATTACHMENTS, identity, "node-1"))
+    assert error(manager.reclaim("v1")) == 91013
+    assert files.steps == []
 
 
 def test_an_attachment_waits_for_the_step_and_ends_the_rest(manager: Manager, files: FakeSparseFiles) -> None:
