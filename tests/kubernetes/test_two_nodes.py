@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.kubernetes.driver import Driver
 from tests.kubernetes.kubectl import HERE, Cluster, Document, status_of
 from tests.kubernetes.load import claim, user_of
 from tests.kubernetes.stage import Stage
@@ -96,6 +97,14 @@ def lost(cluster: Cluster, storage: Storage) -> Iterator[None]:
         on_second("systemctl", "start", "kubelet")
         cluster.wait_for(lambda: status_of(cluster.there("node", SECOND), "Ready") == "True", "node2 to be back")
         cluster.kubectl("taint", "nodes", SECOND, OUT_OF_SERVICE + "-")
+
+
+def test_after_a_rollout_the_controllers_are_on_two_nodes(driver: Driver) -> None:
+    """The outgoing pods must not repel the new ones (matchLabelKeys): each new one would go where the other is."""
+    for _ in range(2):
+        driver.restart("controller")
+        driver.wait_ready("controller")
+        assert {pod["spec"]["nodeName"] for pod in driver.pods("controller")} == {FIRST, SECOND}
 
 
 def test_a_volume_moves_to_the_other_node_with_its_pod(stage: Stage, cluster: Cluster) -> None:

@@ -136,4 +136,10 @@
 {{- if and $there (ne (dig "spec" "attachRequired" true $there) $required) -}}
 {{- fail (printf "the CSIDriver object %s of this cluster has attachRequired: %t, but attachBy: %s requires %t; the field is immutable: see docs/upgrading.md for when the object may be deleted first" .Values.driverName (dig "spec" "attachRequired" true $there) .Values.attachBy $required) -}}
 {{- end -}}
+{{- $name := printf "%s-node" (include "nvmesh-csi.fullname" .) -}}
+{{- $selector := dig "spec" "selector" "matchLabels" dict (lookup "apps/v1" "DaemonSet" .Release.Namespace $name) -}}
+{{- $own := include "nvmesh-csi.selector" (dict "root" . "component" "node") | fromYaml -}}
+{{- if and $selector (ne (toJson $selector) (toJson $own)) -}}
+{{- fail (printf "the DaemonSet %s of this cluster selects its pods by %s, but these values by %s; selectors are immutable: keep nameOverride and the release's name, or change fullnameOverride, too" $name (toJson $selector) (toJson $own)) -}}
+{{- end -}}
 {{- end -}}
