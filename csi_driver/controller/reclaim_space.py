@@ -23,7 +23,7 @@ class ReclaimSpace:
     def reclaim(self, volume_id: str, *, deadline: Deadline) -> tuple[int, int] | None:
         """Return the bytes that the volume took before and after; None for a volume in use, which stays as it is.
 
-        A volume that is attached meanwhile keeps what is not done yet. Raises `NotOffered`, `VolumeNotFound`.
+        A volume that is attached meanwhile keeps its remaining zeros. Raises `NotOffered`, `VolumeNotFound`.
         """
         located = require(self.clusters, volume_id, deadline=deadline)
         management = self.features.find(located.zone, "reclaims_space", deadline=deadline)

@@ -42,7 +42,7 @@ class SpaceReclaims:
             self.why_not = self.files.why_not(self.pool.volumes)
 
     def step(self, item: SpaceReclaim) -> Document:
-        """Give back zeros from an offset on. Return what the file took and takes, and where to go on, None = done.
+        """Give back zeros from an offset on. Return the bytes of the file before and after, and the next offset.
 
         Raises ApiError: IN_USE for a volume that a client has or is to have.
         """

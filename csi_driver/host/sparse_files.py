@@ -95,5 +95,5 @@ def _lease(fd: int, file: Path) -> Iterator[None]:
 
 
 def _is_alone(fd: int) -> bool:
-    """Return whether nobody waits to open the file, or has it open after a wait that was too long."""
+    """Return whether the lease holds: no other program waits to open the file, or has opened it after 45 s."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK

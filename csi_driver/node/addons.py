@@ -37,8 +37,8 @@ class NodeAddons:
     def reclaim(self, volume_id: str, paths: Sequence[str], *, is_block: bool, deadline: Deadline) -> int:
         """Discard the free blocks of the filesystem that is mounted at the first path with it; return their bytes.
 
-        A raw block volume is never discarded: only its user knows what is free. Raises `NotOffered` for it, and where
-        filesystem or device take no discards.
+        A raw block volume is never discarded: only its user knows the free blocks. Raises `NotOffered` for it,
+        and where filesystem or device take no discards.
         """
         volume = NodeVolume.of_request(volume_id)
         given = [path for path in paths if path]
@@ -103,7 +103,7 @@ class NodeAddons:
         volume = NodeVolume.of_request(volume_id)
         by = encrypted_by(None, volume_context)
         if by is not By.LUKS:
-            what = "by the storage, whose API changes its passphrase" if by is By.NATIVE else "by nobody"
+            what = "by the storage: its API changes the passphrase" if by is By.NATIVE else "by nobody"
             raise PreconditionFailed(f"volume {volume} is encrypted {what}: this node has no key to change")
         plan = plan_encryption(by, volume_context, secrets)
         if new_passphrase and new_passphrase != passphrase_in(secrets):

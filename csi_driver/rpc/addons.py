@@ -88,7 +88,7 @@ class ReclaimSpaceNode(Service):
     def NodeReclaimSpace(
         self, request: space_pb.NodeReclaimSpaceRequest, deadline: Deadline
     ) -> space_pb.NodeReclaimSpaceResponse:
-        """Leave the usage out: a filesystem uses as much as before, and what the storage holds no node knows."""
+        """Leave the usage out: the filesystem uses as much as before, and a node does not know it of the storage."""
         is_block = request.volume_capability.WhichOneof("access_type") == "block"
         paths = (request.volume_path, request.staging_target_path)
         self.do.reclaim(request.volume_id, paths, is_block=is_block, deadline=deadline)
