@@ -103,6 +103,7 @@ def test_volumes_are_written_through_a_rollback_and_an_upgrade_and_can_be_change
     stage: Stage, cluster: Cluster, driver: Driver, storage: Storage, previous: Path
 ) -> None:
     assert storage.snapshots() == {}, "a storage manager without snapshots refuses a pool that has some"
+    install(PROJECT, driver)
     now = image(driver)
     writers = [Writer(stage, cluster, "made-now"), Writer(stage, cluster, "made-now-xfs", storage_class=XFS)]
     attachments = Attachments(cluster, stage, [writer.name for writer in writers])
