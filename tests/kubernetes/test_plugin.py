@@ -213,3 +213,18 @@ def test_a_bundle_has_no_secret_of_the_driver(cluster: Cluster, driver: Driver, 
     assert secrets
     assert list(Secrets(secrets).find(content)) == []
     assert status in (0, 1)
+
+
+@pytest.mark.parametrize(("component", "container"), [("controller", "driver"), ("storage", "storage")])
+def test_the_search_in_a_pod_knows_its_password(
+    cluster: Cluster, driver: Driver, component: str, container: str
+) -> None:
+    """Else a bundle would be searched for nothing."""
+    pod = driver.pods(component)[0]["metadata"]["name"]
+    known = []
+    for name, secret in secrets_of_the_driver(cluster):
+        where = ("exec", "-i", pod, "-n", NAMESPACE, "-c", container, "--", "nvmesh-csi", "doctor", "--scan")
+        ended = cluster.run("kubectl", *where, stdin=f"it is {secret}.")
+        assert secret not in ended.stdout + ended.stderr
+        known += [name] if json.loads(ended.stdout)["found"] else []
+    assert [name for name in known if "password" in name]
