@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _Capability = id_pb.Capability
 _Mode = csi_pb2.VolumeCapability.AccessMode
-_SHARED = (_Mode.MULTI_NODE_SINGLE_WRITER, _Mode.MULTI_NODE_MULTI_WRITER)
+_OF_ONE_NODE = (_Mode.SINGLE_NODE_WRITER, _Mode.SINGLE_NODE_SINGLE_WRITER, _Mode.SINGLE_NODE_MULTI_WRITER)
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class EncryptionKeyRotation(Service):
             dict(request.parameters),
             dict(request.secrets),
             new_passphrase=request.encryption_key,
-            is_shared=request.volume_capability.access_mode.mode in _SHARED,
+            is_shared=request.volume_capability.access_mode.mode not in _OF_ONE_NODE,  # nor known to be
             deadline=deadline,
         )
         return key_pb.EncryptionKeyRotateResponse()

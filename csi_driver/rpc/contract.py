@@ -253,7 +253,8 @@ ADDONS: Mapping[str, Rpc] = MappingProxyType(
             _instant("/identity.Identity/GetIdentity"),
             _read("/identity.Identity/GetCapabilities"),
             _instant("/identity.Identity/Probe"),
-            Rpc("/reclaimspace.ReclaimSpaceController/ControllerReclaimSpace", required=_ID, locks=_ID),
+            # It may take long, and an attachment must not wait for it: the storage locks the volume for each step.
+            Rpc("/reclaimspace.ReclaimSpaceController/ControllerReclaimSpace", required=_ID),
             # volume_path is REQUIRED too, but the sidecar leaves it empty.
             Rpc("/reclaimspace.ReclaimSpaceNode/NodeReclaimSpace", required=_ID, locks=_ID),
             Rpc("/encryptionkeyrotation.EncryptionKeyRotationController/EncryptionKeyRotate", required=_ID, locks=_ID),

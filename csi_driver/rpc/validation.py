@@ -31,8 +31,8 @@ _UNCHECKED = frozenset({
     "volume_id", "snapshot_id", "source_volume_id", "starting_token", "group_snapshot_id", "snapshot_ids",
     "source_volume_ids", "base_snapshot_id", "target_snapshot_id",
 })  # fmt: skip
-_UNUSED = "encryptionkeyrotation.EncryptionKeyRotateRequest.volume_capability"
-"""No use case reads it, and the sidecar of CSI-Addons sends it incomplete."""
+_INCOMPLETE = "encryptionkeyrotation.EncryptionKeyRotateRequest.volume_capability"
+"""The sidecar of CSI-Addons sends it without an access type."""
 _NAMES = frozenset(
     f"csi.v1.{request}.name"
     for request in ("CreateVolumeRequest", "CreateSnapshotRequest", "CreateVolumeGroupSnapshotRequest")
@@ -57,7 +57,7 @@ def _check_message(message: Message, where: str) -> None:
         _check_range(message, where)
     for field, value in message.ListFields():
         path = f"{where}.{field.name}" if where else field.name
-        if field.full_name == _UNUSED:
+        if field.full_name == _INCOMPLETE:
             continue
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             _check_map(value, path)

@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
 
+from csi_driver.controller.reclaim_space import ReclaimSpace
+from csi_driver.deadline import Deadline
 from csi_driver.node.addons import NodeAddons
-from csi_driver.rpc.addons import AddonsIdentity, node_services
+from csi_driver.rpc.addons import AddonsIdentity, controller_services, node_services
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.client import CallFailed, CsiClient
-from csi_driver.rpc.contract import ADDONS, Pool, Rpc
+from csi_driver.rpc.contract import ADDONS, Rpc
 from csi_driver.rpc.pb import csi_pb2, encryptionkeyrotation_pb2, identity_pb2, reclaimspace_pb2
 from csi_driver.rpc.redaction import STRIPPED, describe
 from csi_driver.rpc.server import Server
@@ -30,7 +33,7 @@ from tests.unit.rpc.fakes import status_of
 
 DRIVER = "nvmesh-csi.example.com"
 STAGING = KUBELET / f"plugins/kubernetes.io/csi/{DRIVER}/{hashlib.sha256(VOLUME_ID.encode()).hexdigest()}/globalmount"
-SHARED = csi_pb2.VolumeCapability.AccessMode.MULTI_NODE_MULTI_WRITER
+MODES = csi_pb2.VolumeCapability.AccessMode
 
 
 @dataclass
@@ -97,13 +100,15 @@ def test_a_passphrase_is_changed_with_the_fields_that_the_sidecar_sends(served: 
     assert locked.luks.keys == ["new passphrase"]
 
 
-def test_the_mode_of_a_shared_volume_is_read_without_its_access_type(tmp_path: Path) -> None:
-    with serving(tmp_path, mode=SHARED) as served:
+@pytest.mark.parametrize("mode", [MODES.UNKNOWN, *(mode for name, mode in MODES.Mode.items() if "MULTI_NODE" in name)])
+def test_a_header_is_written_only_where_no_other_node_may_write_it(tmp_path: Path, mode: int) -> None:
+    with serving(tmp_path, mode=mode) as served:
         locked = Locked(served.node)
         locked.up()
         with pytest.raises(CallFailed, match="shared") as failed:
             served.sidecar.rotate(VOLUME_ID, {"encryption": "luks"}, ROTATION)
     assert failed.value.code == "FAILED_PRECONDITION"
+    assert locked.luks.keys == ["correct horse"]
 
 
 def test_a_call_of_csi_for_the_volume_locks_those_of_the_addons_out(served: Served) -> None:
@@ -114,6 +119,26 @@ def test_a_call_of_csi_for_the_volume_locks_those_of_the_addons_out(served: Serv
         with pytest.raises(CallFailed) as failed:
             served.sidecar.rotate(VOLUME_ID, {"encryption": "luks"}, ROTATION)
         assert failed.value.code == "ABORTED"
+
+
+def test_an_attachment_does_not_wait_for_the_end_of_a_reclaim(tmp_path: Path) -> None:
+    boundary, locked = Boundary(), []
+
+    class Reclaim:
+        def reclaim(self, volume_id: str, *, deadline: Deadline) -> None:
+            with boundary.lock_volume(NAME):  # as ControllerPublishVolume does
+                locked.append(volume_id)
+
+    identity = IdentityService(DRIVER, lambda: "1.2.3", lambda: True)
+    settings = EndpointSettings(tmp_path / "csi.sock", csi_addons_socket=tmp_path / "addons.sock")
+    server = Server(settings, boundary, (identity,), controller_services(identity, cast(ReclaimSpace, Reclaim())))
+    server.start()
+    try:
+        with sidecar(tmp_path / "addons.sock") as client:
+            client.sparsify(VOLUME_ID, {})
+    finally:
+        server.drain()
+    assert locked == [VOLUME_ID]
 
 
 def test_calls_are_counted_with_those_of_csi(served: Served) -> None:
@@ -179,8 +204,8 @@ def test_every_method_that_is_described_has_an_entry() -> None:
 
 
 @pytest.mark.parametrize("rpc", [pytest.param(rpc, id=rpc.method) for rpc in ADDONS.values()])
-def test_changes_take_the_lock_of_the_volume_and_reads_do_not(rpc: Rpc) -> None:
-    assert rpc.locks == (("volume_id",) if rpc.pool is Pool.WORK else ())
+def test_what_works_on_a_node_takes_the_lock_of_the_volume(rpc: Rpc) -> None:
+    assert rpc.locks == (("volume_id",) if rpc.may_hang else ())
 
 
 def test_what_works_on_devices_may_be_answered_late() -> None:
