@@ -66,8 +66,9 @@ class Background:
     _thread: threading.Thread | None = field(default=None, init=False)
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        thread.start()
+        self._thread = thread
 
     def why_stuck(self) -> str:
         """Return why a restart of the process may help: a run does not return, or the thread has ended; else ""."""

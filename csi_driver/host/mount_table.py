@@ -174,18 +174,19 @@ def openers(number: DeviceNumber, own_path: Path) -> Iterator[str]:
                 seen.add(namespace)
                 place = "" if process.name == "self" else f" seen by pid {process.name} ({_name(process)})"
                 yield from (f"the mount {entry.path}{place}" for entry in mounts)
-            if process.name != "self" and number in opened_by(process):
+            # Other files may be on a filesystem that hangs.
+            if process.name != "self" and number in opened_by(process, ("/dev/", str(own_path))):
                 yield f"pid {process.name} ({_name(process)})"
 
 
-def opened_by(process: Path) -> set[DeviceNumber]:
-    """Return the devices that a process has open; `process`: its directory in /proc."""
+def opened_by(process: Path, below: str | tuple[str, ...] = "/") -> set[DeviceNumber]:
+    """Return the devices that a process has open by such paths; `process`: its directory in /proc."""
     found = set()
     with contextlib.suppress(OSError):  # it has ended, or may not be read
         for name in os.listdir(process / "fd"):
             link = process / "fd" / name
             # Only of files with a path: one without is no device.
-            if os.readlink(link).startswith("/"):
+            if os.readlink(link).startswith(below):
                 found.add(DeviceNumber(*statx(link, follow=True).node))
     return found
 

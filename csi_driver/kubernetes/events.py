@@ -140,8 +140,12 @@ class EventRecorder:
             if not any(added):
                 return
             if self._state is None:
+                try:
+                    self.worker.start()
+                except RuntimeError as error:  # no thread can be started now
+                    _LOG.warning("an event waits: %s", error)
+                    return
                 self._state = True
-                self.worker.start()
         self.worker.later(_JOB, self.send_waiting, 0)
 
     def _places(self, subject: Subject) -> list[_Place]:

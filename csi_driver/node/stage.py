@@ -143,7 +143,9 @@ class Stage:
         else:
             state = "still open: the kernel is writing back data, or a program uses it; end that program, and retry"
         problem = f"volume {volume} is unmounted, but its device {device.path} is {state}"
-        self._report(volume, EventReason.VOLUME_IN_USE, f"{problem} (open {self.devices.describe_openers(device)})")
+        if self.reporter is not SILENT:  # the search takes time
+            users = self.devices.describe_openers(device)
+            self._report(volume, EventReason.VOLUME_IN_USE, f"{problem} (open {users})")
         raise StorageUnavailable(problem)
 
     def _is_mounted(self, volume: NodeVolume, device: Device) -> bool:

@@ -20,7 +20,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import CommandFailed, DeadlineReached, OperationPending, PreconditionFailed
-from csi_driver.host import block_devices, ioctls, mount_table
+from csi_driver.host import block_devices, ioctls, mount_table, syscalls
 from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
 from csi_driver.host.devices import LinuxDevices
 from csi_driver.host_model import DeviceNumber
@@ -255,6 +255,23 @@ def test_the_users_of_an_open_device_are_named(machine: HostMachine, monkeypatch
     place = machine.place()
     machine.mounts.mount(device, place, "ext4", [], read_only=False)
     assert machine.devices.describe_openers(device) == f"by the mount {place}"
+
+
+def test_the_search_for_users_touches_no_file_that_may_be_on_a_filesystem_that_hangs(
+    machine: HostMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, device = machine.formatted("ext4", 32 * MIB)
+    touched: list[str] = []
+
+    def status(path: Path, *, follow: bool = False) -> syscalls.PathStatus:
+        with contextlib.suppress(OSError):
+            touched.append(os.readlink(path))
+        return syscalls.statx(path, follow=follow)
+
+    monkeypatch.setattr(mount_table, "statx", status)
+    machine.devices.describe_openers(device)
+    assert touched
+    assert not [each for each in touched if not each.startswith(("/dev/", str(device.path)))]
 
 
 def test_a_mount_that_another_mount_namespace_keeps_is_named_with_a_process_there(

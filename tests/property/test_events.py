@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csi_driver.background import Background
+from csi_driver.deadline import Deadline
 from csi_driver.kubernetes.api import ApiFailed, ApiServer
 from csi_driver.kubernetes.events import BURST, EXPIRY_S, MOST_WAITING, REFILL_S, REPEAT_S, EventRecorder
 from csi_driver.model import Claim
@@ -133,6 +137,21 @@ def test_equal_findings_are_one_event_with_their_count() -> None:
         world.passes(40)
     ((_, event),) = world.server.created
     assert world.server.counted == [(1320.0, event["metadata"]["name"], 9)]
+
+
+def test_a_machine_without_threads_delays_an_event_and_disturbs_no_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.recorder.worker.start = lambda: Background.start(world.recorder.worker)  # type: ignore[method-assign]
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with world.recorder:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            world.report(1)
+        world.report(2)
+        assert Deadline.after(30).wait_until(lambda: len(world.server.created) == 2)
 
 
 def test_another_note_is_another_event() -> None:

@@ -13,7 +13,7 @@ from csi_driver.errors import ContentRefused, Denied, DriverError, MissingField,
 from csi_driver.host_model import VolumeStatus
 from csi_driver.model import DEFAULT_DRIVER_NAME, Claim
 from csi_driver.publish_context import Encryption
-from csi_driver.reporting import EventReason, Subject
+from csi_driver.reporting import SILENT, EventReason, Subject
 from tests.fakes.disks import MIB, FakeFilesystem
 from tests.fakes.node import KUBELET, NAME, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode, publish_context
 from tests.unit.node.encrypted import Locked
@@ -64,6 +64,15 @@ def test_a_device_that_stays_open_is_reported_with_the_program_that_has_it_open(
     assert (subject, reason) == (Subject(volume_id=VOLUME_ID), EventReason.VOLUME_IN_USE)
     assert "still open" in note
     assert "by pid 4711 (sh)" in note
+
+
+def test_without_events_nobody_looks_for_the_program(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged(node)
+    node.host.disks[NAME].opened_by_others = 1
+    monkeypatch.setattr(node.use.stage, "reporter", SILENT)
+    monkeypatch.setattr(node.host.devices, "describe_openers", None)
+    with pytest.raises(StorageUnavailable):
+        node.unstage()
 
 
 @pytest.mark.parametrize("path", [STAGING, TARGET])
