@@ -21,7 +21,11 @@ from urllib.parse import quote, quote_plus
 from csi_driver.errors import PreconditionFailed
 
 REDACTED = "REDACTED"
-_SECRET_NAME = re.compile(r"(?i)pass(word|phrase|wd)|secret|token|credential|api.?key|private.?key|authorization")
+_SENSITIVE = (
+    r"pass(?:word|phrase|code|wd)|secret|token|credential|keyring"
+    r"|(?:api|private|access|encryption|shared|signing|account|master|luks|ssh|auth)[._-]?key"
+)
+_SECRET_NAME = re.compile(rf"(?i){_SENSITIVE}|authorization")
 _NAMES_A_SECRET = re.compile(
     r"(?i)(secret|token|key)[-_]?(name|namespace|ref|keyref)$|(secret|password|token)s?[-_]?file$"
 )
@@ -32,16 +36,17 @@ _KEPT_ANNOTATIONS = re.compile(
 )
 _DROPPED = {"managedFields", "stringData", "binaryData"}
 _ASSIGNED = re.compile(
-    r"""(?i)((?:[\w.-]*(?:pass(?:word|phrase|wd)|secret|token|credential|api[_-]?key)[\w.-]*)["']?\s*[=:]\s*["']?)"""
-    r"""([^\s"',;}&]+)"""
+    rf"""(?i)([\w.-]*(?:{_SENSITIVE})[\w.-]*[\\"']*\s*[=:]\s*)"""
+    # Quoted, even within a quoted text; else up to the next space.
+    r"""(?:(\\+["']).*?(?:\2|$)|"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"]+)"""
 )
 _PATTERNS = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), REDACTED),
-    (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@]+@"), rf"\1{REDACTED}@"),
+    (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s]+@"), rf"\1{REDACTED}@"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+"), rf"\1 {REDACTED}"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), REDACTED),
 )
-_ENDS_WITH_FILE = re.compile(r"(?i)(file|name|namespace|ref|path|directory)[\"']?\s*[=:]\s*[\"']?$")
+_ENDS_WITH_FILE = re.compile(r"(?i)(file|name|namespace|ref|path|directory)[\\\"']*\s*[=:]\s*$")
 _OPTION = re.compile(r"([A-Za-z0-9_.:-]+)=.*", re.DOTALL)
 
 
@@ -61,7 +66,11 @@ def redact(document: object, key: str = "") -> object:
             return [_OPTION.sub(rf"\1={REDACTED}", str(each)) for each in document]
         if key == "env":
             return [{name: REDACTED if name == "value" else value for name, value in each.items()} for each in document]
-        return [redact(each, key) for each in document]
+        # The value of an option may be the next word.
+        return [
+            redact(each, before.lstrip("-") if str(before).startswith("-") and "=" not in before else key)
+            for before, each in zip(["", *document], document, strict=False)
+        ]
     if not isinstance(document, Mapping):
         return document
     if key == "annotations":
@@ -78,8 +87,9 @@ def _is_secret(key: str) -> bool:
 
 # --- proof ------------------------------------------------------------------------------------------------------
 
-_WORD = 8
-"""A shorter secret is looked for as a whole word: as a part of others it is everywhere."""
+_WORD, _LONG = 8, 12
+"""A secret below `_WORD` is looked for as a whole word: as a part of others it is everywhere. From `_LONG` on it is
+found across lines and spaces too."""
 
 
 class Secrets:
@@ -99,20 +109,30 @@ class Secrets:
 
     def find(self, content: bytes) -> Iterator[str]:
         """Yield where each secret in the content is from, and in which form it is there; never the secret."""
+        joined = _joined(content)
         for place, how, form in self._forms:
             if form not in content:
+                if len(short := _joined(form)) >= _LONG and short in joined:
+                    yield f"{place} ({how}, in several lines)"
                 continue
             is_word = re.search(rb"(?<![A-Za-z0-9])" + re.escape(form) + rb"(?![A-Za-z0-9])", content) is not None
             if len(form) >= _WORD or how == "base64" or is_word:
                 yield f"{place} ({how})"
 
 
+def _joined(content: bytes) -> bytes:
+    return content.replace(b"\\n", b"").translate(None, b" \t\r\n")
+
+
 def _values(text: str) -> Iterator[str]:
     """Yield the secret in a file: a password, or the lines of a key."""
-    if "-----BEGIN" in text:
-        yield from (line for line in text.splitlines() if len(line) >= 40 and not line.startswith("-----"))
-    elif text.strip():
-        yield text.strip()
+    lines = [line for line in text.splitlines() if len(line) >= 40 and not line.startswith("-----")]
+    yield from lines if "-----BEGIN" in text and lines else filter(None, [text.strip()])
+
+
+_ESCAPED_BYTE = re.compile("%[0-9A-F]{2}")
+_HTML_SAFE = {ord(each): f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"}
+"""As Go's JSON has them."""
 
 
 def _forms_of(value: str) -> Iterator[tuple[str, bytes]]:
@@ -126,10 +146,15 @@ def _forms_of(value: str) -> Iterator[tuple[str, bytes]]:
             forms["base64"].add(encoded[start:end])
     for safe in ("/", ""):
         quoted = quote(raw, safe=safe)
-        forms["URL-encoded"] |= {quoted.encode(), quoted.lower().encode(), quote_plus(raw, safe=safe).encode()}
+        for each in (quoted, quote_plus(raw, safe=safe)):
+            forms["URL-encoded"] |= {each.encode(), _ESCAPED_BYTE.sub(lambda found: found[0].lower(), each).encode()}
     for is_ascii in (True, False):
-        forms["escaped"].add(json.dumps(value, ensure_ascii=is_ascii)[1:-1].encode("utf-8", "surrogateescape"))
-    forms["escaped"] |= {ascii(value)[1:-1].encode(), json.dumps(json.dumps(value)[1:-1])[1:-1].encode()}
+        text = json.dumps(value, ensure_ascii=is_ascii)[1:-1]
+        for each in (text, text.translate(_HTML_SAFE)):
+            twice = json.dumps(each, ensure_ascii=is_ascii)[1:-1]
+            forms["escaped"] |= {each.encode("utf-8", "surrogateescape"), twice.encode("utf-8", "surrogateescape")}
+    forms["escaped"].add(ascii(value)[1:-1].encode())
+    forms["hexadecimal"] = {raw.hex().encode(), raw.hex().upper().encode()}
     for how, texts in forms.items():
         yield from ((how, text) for text in texts if len(text) >= min(4, len(raw)))
 

@@ -92,9 +92,9 @@ def scan(content: bytes, roles: Sequence[RunningRole]) -> list[str]:
 
 def make(path: Path, findings: str, roles: Sequence[RunningRole]) -> str:
     """Write the bundle of this machine, unless it has a secret. `findings`: the document of the doctor."""
-    shown = [{"role": each.role, "pid": each.pid, "arguments": [*map(bundle.scrub, each.arguments)]} for each in roles]
+    shown = [{"role": each.role, "pid": each.pid, "arguments": bundle.redact([*each.arguments])} for each in roles]
     files = {
-        "doctor.json": bundle.scrub(findings),
+        "doctor.json": json.dumps(bundle.redact(json.loads(findings)), indent=2),
         "versions.json": json.dumps({"driver": driver_version(), "kernel": list(os.uname())}, indent=2),
         "roles.json": json.dumps(shown, indent=2),
         **dict(_pages(roles)),

@@ -25,15 +25,16 @@ MOST_PODS = 10
 _LOG_LINES = 2000
 _EXEC_S, _LOGS_S, _SCAN_S = 30.0, 300.0, 300.0
 _ROLES = ("controller", "storage", "node")
-_NODE_KEYS = ("apiVersion", "kind", "metadata", "spec")
+_KEYS = ("apiVersion", "kind", "metadata")
+_POD_SPEC = ("nodeName", "nodeSelector", "affinity", "tolerations", "schedulerName", "schedulingGates", "restartPolicy")
+_PROGRAM_EVENTS = ("Unhealthy", "Failed", "FailedPostStartHook", "FailedPreStopHook")
+"""Events that quote a program, its command or its output."""
 _OBJECTS = (
     "persistentvolumes,storageclasses,volumeattachments,csinodes,csidrivers,nodes",
     "volumesnapshotclasses,volumesnapshotcontents",
 )
 _NAMESPACED = ("persistentvolumeclaims,pods,events,resourcequotas", "csistoragecapacities", "volumesnapshots")
-_OF_THE_DRIVER = (
-    "pods,deployments,daemonsets,statefulsets,replicasets,events,leases,poddisruptionbudgets,networkpolicies"
-)
+_OF_THE_DRIVER = "pods,deployments,daemonsets,statefulsets,replicasets,poddisruptionbudgets,networkpolicies"
 
 
 @dataclass(slots=True)
@@ -111,7 +112,8 @@ class Support:
             objects += self.kubectl.get(each)
         for each in _NAMESPACED:
             objects += self.kubectl.get(each, "--all-namespaces")
-        own = ours(objects, driver.name(), namespace) + self.kubectl.get(_OF_THE_DRIVER, "-n", namespace)
+        parts = self.kubectl.get(_OF_THE_DRIVER, "-n", namespace, "--selector", PART_OF)
+        own = ours(objects, driver.name(), parts) + self.kubectl.get("leases", "-n", namespace)
         try:
             storage = driver.volume("list")
         except DriverError as error:
@@ -164,8 +166,8 @@ def _json(document: object) -> str:
     return json.dumps(document, indent=1, sort_keys=True)
 
 
-def ours(objects: Objects, driver_name: str, namespace: str) -> Objects:
-    """Return the objects that belong to volumes of the driver; of nodes without their addresses and images."""
+def ours(objects: Objects, driver_name: str, parts: Objects) -> Objects:
+    """Return the objects that belong to the driver (`parts`) and its volumes; of others only what decides on these."""
     volumes = [each for each in objects.all("PersistentVolume") if dig(each, "spec", "csi", "driver") == driver_name]
     classes = [each for each in objects.all("StorageClass") if each.get("provisioner") == driver_name]
     bound = {(dig(each, "spec", "claimRef", "namespace"), dig(each, "spec", "claimRef", "name")) for each in volumes}
@@ -181,9 +183,13 @@ def ours(objects: Objects, driver_name: str, namespace: str) -> Objects:
         for each in objects.all("Pod")
         if any((dig(each, "metadata", "namespace"), name) in keys for name in claims_of(each))
     ]
-    uids = {dig(each, "metadata", "uid") for each in [*volumes, *claims, *pods]}
-    events = [each for each in objects.all("Event") if dig(each, "involvedObject", "uid") in uids]
-    kept = [*volumes, *classes, *claims, *pods, *events, *map(_node, objects.all("Node"))]
+    uids = {dig(each, "metadata", "uid") for each in [*volumes, *claims, *pods, *parts.documents]}
+    events = [
+        each
+        for each in objects.all("Event")
+        if dig(each, "involvedObject", "uid") in uids and each.get("reason") not in _PROGRAM_EVENTS
+    ]
+    kept = [*volumes, *classes, *claims, *map(_pod, pods), *events, *map(_node, objects.all("Node"))]
     for kind, place in (("VolumeAttachment", ("spec", "attacher")), ("VolumeSnapshotContent", ("spec", "driver")),
                         ("VolumeSnapshotClass", ("driver",)), ("CSIDriver", ("metadata", "name"))):  # fmt: skip
         kept += [each for each in objects.all(kind) if dig(each, *place) == driver_name]
@@ -194,7 +200,7 @@ def ours(objects: Objects, driver_name: str, namespace: str) -> Objects:
         if dig(each, "spec", "source", "persistentVolumeClaimName") in sources
     ]  # fmt: skip
     kept += objects.all("CSINode") + objects.all("ResourceQuota")
-    return Objects(tuple(kept), objects.gaps)
+    return Objects((*kept, *parts.documents), (*objects.gaps, *parts.gaps))
 
 
 def _key(document: Document) -> tuple[object, object]:
@@ -203,8 +209,34 @@ def _key(document: Document) -> tuple[object, object]:
 
 def _node(node: Document) -> Document:
     """Return of a node what decides about volumes."""
-    status = {key: dig(node, "status", key) for key in ("conditions", "volumesAttached", "volumesInUse")}
-    return {**{key: node.get(key) for key in _NODE_KEYS}, "status": status}
+    status = _some(node["status"], "conditions", "volumesAttached", "volumesInUse") if "status" in node else {}
+    return {**_some(node, *_KEYS, "spec"), "status": status}
+
+
+def _pod(pod: Document) -> Document:
+    """Return of a user's pod what decides about its volumes: no command, variable, probe or text of a program."""
+    spec, status = pod.get("spec") or {}, pod.get("status") or {}
+    volumes = [_some(each, "name", "persistentVolumeClaim", "ephemeral") for each in spec.get("volumes") or ()]
+    containers = [_some(each, "name", "volumeMounts", "volumeDevices") for each in spec.get("containers") or ()]
+    states = {key: _quiet(status[key]) for key in ("initContainerStatuses", "containerStatuses") if key in status}
+    return {
+        **_some(pod, *_KEYS),
+        "spec": {**_some(spec, *_POD_SPEC), "volumes": volumes, "containers": containers},
+        "status": {**_some(status, "phase", "conditions", "reason"), **states},
+    }
+
+
+def _quiet(states: object) -> object:
+    """Return the states of containers without messages: a program writes them."""
+    if isinstance(states, list):
+        return [_quiet(each) for each in states]
+    if not isinstance(states, dict):
+        return states
+    return {key: _quiet(value) for key, value in states.items() if key != "message"}
+
+
+def _some(document: Document, *keys: str) -> Document:
+    return {key: document[key] for key in keys if key in document}
 
 
 def cases(objects: Objects, driver: Driver, storage: Mapping[str, Any]) -> Iterator[Case]:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import re
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -30,7 +32,12 @@ if words[0] == "get" and words[1] == "--raw":
 elif words[0] == "get":
     kinds = words[1].split(",")
     known = [kind for kind in kinds if kind in world["kinds"]]
-    print(json.dumps({"kind": "List", "items": [item for kind in known for item in world["kinds"][kind]]}))
+    items = [item for kind in known for item in world["kinds"][kind]]
+    if "-n" in words:
+        items = [each for each in items if each["metadata"].get("namespace") in (None, words[words.index("-n") + 1])]
+    if "--selector" in words:
+        items = [each for each in items if "app.kubernetes.io/part-of" in each["metadata"].get("labels", {})]
+    print(json.dumps({"kind": "List", "items": items}))
     if len(known) < len(kinds):
         missing = [kind for kind in kinds if kind not in known]
         print(f"Error from server (Forbidden): {missing[0]} is forbidden", file=sys.stderr)
@@ -248,6 +255,30 @@ def test_no_bundle_reads_a_secret(world: World) -> None:
     world.run("doctor", "--bundle", str(world.directory / "b"))
     asked = {kind for call in world.calls() if call[0] == "get" for kind in call[1].split(",")}
     assert not {kind for kind in asked if "secret" in kind or "configmap" in kind}
+
+
+def test_a_bundle_has_nothing_of_the_programs_in_users_pods(world: World) -> None:
+    user = world.document["kinds"]["pods"][0]
+    user["spec"]["containers"][0] |= {
+        "args": ["-u", "canary-1"],
+        "command": ["sh", "-c", "curl -u me:canary-2"],
+        "livenessProbe": {"exec": {"command": ["redis-cli", "-a", "canary-3"]}},
+        "lifecycle": {"postStart": {"httpGet": {"httpHeaders": [{"name": "X-Key", "value": "canary-4"}]}}},
+    }
+    user["spec"]["volumes"].append({"name": "x", "csi": {"driver": "other", "volumeAttributes": {"k": "canary-5"}}})
+    ended = {"terminated": {"reason": "Error", "exitCode": 1, "message": "bad login canary-6"}}
+    user["status"]["containerStatuses"] = [{"name": "main", "lastState": ended}]
+    of_pod = made.event("Pod", "web", "Unhealthy", "Liveness probe failed: canary-7")
+    of_pod["involvedObject"]["uid"] = user["metadata"]["uid"]
+    mount = made.event("Pod", "web", "FailedMount", "a message about the mount")
+    mount["involvedObject"]["uid"] = user["metadata"]["uid"]
+    world.document["kinds"]["events"] = [of_pod, mount]
+    world.document["kinds"]["pods"].append(made.made("Pod", "n", "nvmesh-csi", spec={"args": ["canary-8"]}))
+    target = world.directory / "b"
+    world.run("doctor", "--bundle", str(target))
+    content = gzip.decompress(target.read_bytes())
+    assert re.findall(rb"canary-\d", content) == []
+    assert all(part in content for part in (b'"claimName": "data"', b'"exitCode": 1', b"a message about the mount"))
 
 
 def test_a_bundle_with_the_secret_of_a_pod_is_not_written(world: World, capsys: pytest.CaptureFixture[str]) -> None:

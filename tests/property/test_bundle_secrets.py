@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -26,6 +28,15 @@ WORDS = st.text(st.sampled_from("abcdefghijkmnopqrstuvwxyz0123456789-_"), min_si
 )
 AROUND = st.binary(max_size=30)
 
+
+def go_json(text: str) -> str:
+    """Return JSON as Go writes it: safe within HTML."""
+    text = json.dumps(text, ensure_ascii=False)[1:-1]
+    for each in "&<>":
+        text = text.replace(each, f"\\u00{ord(each):x}")
+    return text
+
+
 FORMS: dict[str, Callable[[str], bytes]] = {
     "plain": str.encode,
     "base64": lambda text: base64.b64encode(text.encode()),
@@ -36,6 +47,10 @@ FORMS: dict[str, Callable[[str], bytes]] = {
     "JSON": lambda text: json.dumps(text).encode(),
     "JSON within JSON": lambda text: json.dumps(json.dumps({"a": text})).encode(),
     "Python": lambda text: ascii(text).encode(),
+    "JSON of Go": lambda text: go_json(text).encode(),
+    "JSON of Go within JSON": lambda text: json.dumps({"a": go_json(text)}, ensure_ascii=False).encode(),
+    "URL-encoded in lower case": lambda text: re.sub("%..", lambda found: found[0].lower(), quote(text)).encode(),
+    "hexadecimal": lambda text: text.encode().hex().encode(),
 }
 
 
@@ -44,6 +59,16 @@ FORMS: dict[str, Callable[[str], bytes]] = {
 def test_a_secret_is_found_in_every_form(form: str, secret: str, before: bytes, after: bytes) -> None:
     content = before + b"\n" + FORMS[form](secret) + b"\n" + after
     assert list(Secrets({"file": secret}).find(content))
+
+
+@pytest.mark.parametrize("lines", [
+    lambda text: "\n".join(textwrap.wrap(base64.b64encode(text.encode()).decode(), 20)),
+    lambda text: json.dumps("\n    ".join(textwrap.wrap(base64.b64encode(text.encode()).decode(), 20))),
+    lambda text: f"{text[:15]}\n        {text[15:]}",
+], ids=["wrapped base64", "wrapped base64 in JSON", "a broken line"])  # fmt: skip
+def test_a_long_secret_is_found_in_several_lines(lines: Callable[[str], str]) -> None:
+    secret = "correct-horse-battery-staple-4711"
+    assert list(Secrets({"file": secret}).find(f"before {lines(secret)} after".encode()))
 
 
 PLACES: dict[str, Callable[[str], object]] = {
@@ -59,8 +84,14 @@ PLACES: dict[str, Callable[[str], object]] = {
     "a Secret": lambda text: {"kind": "Secret", "data": {"password": text}},
     "a ConfigMap": lambda text: {"kind": "ConfigMap", "data": {"clusters.yaml": text}},
     "an argument": lambda text: {"args": [f"--management-password={text}"]},
+    "the word behind an option": lambda text: {"command": ["mysql", "--password", text]},
+    "a key of a class": lambda text: {"parameters": {"encryptionKey": text}},
+    "JSON within a message": lambda text: {"message": json.dumps(json.dumps({"password": text, "a": 1}))},
+    "a quoted text with spaces": lambda text: {"message": f'password="a {text}", next'},
+    "a password of several signs": lambda text: {"message": f"password=a,b;c&d}}'{text} next"},
     "a message": lambda text: {"message": f"login failed, password={text}"},
     "a URL": lambda text: {"message": f"cannot reach https://admin:{text}@mgmt:4000/"},
+    "a URL with another @": lambda text: {"message": f"cannot reach https://admin:a@{text}@mgmt:4000/"},
     "a header": lambda text: {"message": f"Authorization: Bearer {text}"},
 }
 
