@@ -197,7 +197,7 @@ $(CACHE)/release: requirements/release.txt
 
 $(CACHE)/docs: requirements/docs.txt
 	@tests/tools/make-venv '$(PYTHON)' $@
-	@$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/docs.txt
+	@$@/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements/docs.txt || { rm -rf $@ ; exit 1 ; }
 
 $(MERMAID): tests/tools/install-mermaid
 	@tests/tools/install-mermaid $@ '$(PYTHON)'
