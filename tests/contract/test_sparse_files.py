@@ -182,6 +182,7 @@ def test_a_program_that_opens_the_file_meanwhile_waits_and_ends_the_step(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from csi_driver.host import sparse_files
 punch, left = sparse_files.punch_hole, [int(sys.argv[2])]
 def killed(*arguments):
     if sys.argv[3] == "before" and not left[0]:
