@@ -39,12 +39,15 @@ class Target:
         if pv is None:
             pv = next((each for each in objects.all("PersistentVolume") if _handle(each) == name), None)
         if pv is None and ":" not in name:
-            raise NotFound(f"{name} is neither a claim in namespace {namespace}, nor a PersistentVolume, nor a handle")
+            reason = f"{name} is neither a claim in namespace {namespace}, nor a PersistentVolume, nor a handle"
+            raise NotFound("; ".join([reason, *objects.gaps]))
         driver = Driver.find(kubectl)
         if pv is not None:
             driver = driver.named(str(dig(pv, "spec", "csi", "driver")))
             if not driver.pods:
-                raise NotFound(f"PersistentVolume {name_of(pv)} is not of this driver, or you may not see its pods")
+                raise driver.none(f"the driver of PersistentVolume {name_of(pv)}")
+            owner = str(dig(pv, "spec", "claimRef", "namespace") or namespace)
+            objects += kubectl.get("pods", "-n", owner) if owner != namespace else Objects()
         return cls(kubectl, driver, objects, _handle(pv) or name, pv)
 
     @property
@@ -55,7 +58,7 @@ class Target:
 
     @property
     def pods(self) -> Sequence[Document]:
-        """The pods that use the claim of the volume, if it is in the namespace."""
+        """The pods that use the claim of the volume."""
         owner = dig(self.pv, "spec", "claimRef") or {}
         key = str(owner.get("namespace")), str(owner.get("name"))
         return pods_by_claim(self.objects.all("Pod")).get(key, [])
@@ -150,6 +153,11 @@ def loss(target: Target, volume: Mapping[str, Any]) -> Iterator[str]:
     if target.pods:
         names = ", ".join(name_of(pod) for pod in target.pods)
         raise PreconditionFailed(f"pods use the volume: {names}; delete them first")
+    unread = [gap for gap in target.objects.gaps if "pods" in gap or "persistentvolume" in gap]
+    if unread:
+        raise PreconditionFailed(f"it cannot be told whether pods use the volume: {'; '.join(unread)}")
+    owner = dig(target.pv, "spec", "claimRef") or {}
+    yield f"claim {owner.get('namespace')}/{owner.get('name')}" if owner else "no claim"
     yield f"volume {volume['handle']}, {size(volume['usableBytes'])}, CSI name {volume['csiName'] or 'none'}"
     yield f"  made for {volume['madeFor'] or 'an unknown filesystem'}; attachments: {volume['attachments']}"
     yield f"  it is formatted {volume['formatting']}"

@@ -93,7 +93,7 @@ class Kubectl:
     def get(self, kinds: str, *words: str) -> Objects:
         """Return objects of several kinds by one command. A kind that is unknown or denied is a gap."""
         done = self.run("get", kinds, *words, "-o", "json", "--ignore-not-found", _REQUEST_TIMEOUT)
-        gaps = [line for line in done.stderr.splitlines() if line.strip()] if done.status else []
+        gaps = _gaps(kinds, done) if done.status else []
         try:
             found = json.loads(done.stdout) if done.stdout.strip() else {}
         except ValueError:
@@ -114,11 +114,16 @@ class Driver:
 
     kubectl: Kubectl
     pods: Sequence[Document]
+    gaps: Sequence[str] = ()
+    """Why there may be others."""
 
     @classmethod
     def find(cls, kubectl: Kubectl) -> Driver:
         found = kubectl.get("pods", "--all-namespaces", "--selector", PART_OF)
-        return cls(kubectl, found.documents)
+        return cls(kubectl, found.documents, found.gaps)
+
+    def none(self, what: str) -> NotFound:
+        return NotFound("; ".join([f"there is no pod of {what}", *self.gaps]))
 
     def named(self, name: str) -> Driver:
         """Return the pods of the installation that serves a driver name: another one may be in the cluster."""
@@ -128,7 +133,7 @@ class Driver:
             return dig(metadata, "namespace"), dig(metadata, "labels", "app.kubernetes.io/instance")
 
         places = {place(pod) for pod in self.pods if f"--driver-name={name}" in arguments_of(pod)}
-        return Driver(self.kubectl, [pod for pod in self.pods if place(pod) in places])
+        return Driver(self.kubectl, [pod for pod in self.pods if place(pod) in places], self.gaps)
 
     def of(self, component: str, node: str = "") -> Iterator[Document]:
         for pod in self.pods:
@@ -154,7 +159,7 @@ class Driver:
         """Run `nvmesh-csi volume` in a pod, a ready one first, and return its document, which may be an error."""
         pods = sorted(self.of(component, node), key=lambda pod: not is_ready(pod))
         if not pods:
-            raise NotFound(f"there is no pod of the driver's {component}{node and f' on node {node}'}")
+            raise self.none(f"the driver's {component}{node and f' on node {node}'}")
         done = self.run(pods[0], "volume", *words, "--json")
         try:
             found: dict[str, Any] = json.loads(done.stdout)
@@ -162,6 +167,14 @@ class Driver:
             reason = one_line(done.stderr.strip() or f"exit status {done.status}", 400)
             raise StorageSilent(f"nvmesh-csi volume {words[0]} in pod {name_of(pods[0])}: {reason}") from None
         return found
+
+
+def _gaps(kinds: str, done: Completed) -> list[str]:
+    """Return why kinds could not be read; a reason that names none of them is one for all."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"kubectl ended with {done.status}"]
+    if not done.stdout.strip():
+        return [f"{kinds}: {line}" for line in lines]
+    return [line if any(each in line for each in kinds.split(",")) else f"{kinds}: {line}" for line in lines]
 
 
 class StorageSilent(DriverError):

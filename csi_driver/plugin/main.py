@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csi_driver import driver_version
-from csi_driver.errors import DriverError, InvalidRequest, PreconditionFailed
+from csi_driver.errors import DriverError, InvalidRequest, PreconditionFailed, one_line
 from csi_driver.plugin import acting, volumes
 from csi_driver.plugin.diagnoses import diagnose
 from csi_driver.plugin.kubectl import Kubectl
@@ -33,13 +33,24 @@ def main(argv: Sequence[str] | None = None, version: str = "") -> int:
     try:
         status: int = arguments.run(kubectl, arguments)
     except DriverError as error:
-        print(f"kubectl nvmesh: {error}", file=sys.stderr)
+        _warn(str(error))
         return UNKNOWN
     except (KeyboardInterrupt, BrokenPipeError):
         return UNKNOWN
     return status
 
 
+def _say(*lines: str) -> None:
+    """Print lines, in which names and texts of others may have anything, without what controls a terminal."""
+    for line in lines:
+        print(one_line(line, _LINE))
+
+
+def _warn(text: str) -> None:
+    print(f"kubectl nvmesh: {one_line(text)}", file=sys.stderr)
+
+
+_LINE = 1 << 20
 _KINDS = {"pvc": "pvc", "persistentvolumeclaim": "pvc", "pod": "pod", "po": "pod"}
 _GLOBAL = ("context", "kubeconfig")
 
@@ -101,10 +112,10 @@ def _doctor(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
     support = Support(kubectl, arguments.nodes)
     driver, pods = support.pods()
     found = list(support.findings(driver, pods))
-    print("\n".join(lines(found)) or f"no problem found in {len(pods)} pods")
+    _say(*list(lines(found)) or [f"no problem found in {len(pods)} pods"])
     if arguments.bundle:
         support.collect(driver, pods, arguments.version)
-        print(support.write(Path(arguments.bundle), driver, unsearched=arguments.unsearched))
+        _say(support.write(Path(arguments.bundle), driver, unsearched=arguments.unsearched))
     return FOUND if any(each["severity"] == "error" for _, each in found) else OK
 
 
@@ -114,28 +125,35 @@ def _target(kubectl: Kubectl, arguments: argparse.Namespace) -> acting.Target:
 
 def _holders(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
     found = acting.holders(_target(kubectl, arguments))
-    print(json.dumps(found, indent=2) if arguments.output == "json" else "\n".join(acting.describe(found)))
+    print(json.dumps(found, indent=2)) if arguments.output == "json" else _say(*acting.describe(found))
     return UNKNOWN if any("error" in each for each in found["nodes"].values()) else OK
 
 
 def _allow_format(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
     target = _target(kubectl, arguments)
-    print("\n".join(acting.loss(target, target.driver.volume("show", target.handle))))
-    if not arguments.yes and input(f"Type the name {arguments.name} to allow it: ") != arguments.name:
-        print("nothing was changed")
+    _say(*acting.loss(target, target.driver.volume("show", target.handle)))
+    if not arguments.yes and _typed(f"Type the name {arguments.name} to allow it: ") != arguments.name:
+        _say("nothing was changed")
         return FOUND
     done = target.driver.volume("allow-format", target.handle)
-    print(done.get("done") or f"kubectl nvmesh: {done['error']}")
+    _say(str(done.get("done") or f"kubectl nvmesh: {done['error']}"))
     return OK if "done" in done else FOUND
+
+
+def _typed(question: str) -> str:
+    try:
+        return input(question)
+    except EOFError:
+        return ""
 
 
 def _release(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
     found = plan(_target(kubectl, arguments).facts(arguments.node))
-    print("\n".join(show(found)))
+    _say(*show(found))
     if not found.commands:
         return OK if found.is_done else FOUND
     if not arguments.yes:
-        print("nothing was changed: --yes does it")
+        _say("nothing was changed: --yes does it")
         return OK
     if plan(_target(kubectl, arguments).facts(arguments.node)) != found:
         raise PreconditionFailed("the state has changed meanwhile; try again")
@@ -147,7 +165,7 @@ def _release(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
 def _volumes(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
     objects, driver, storage = volumes.read(kubectl, arguments.namespace)
     if "error" in storage:
-        print(f"kubectl nvmesh: {storage['error']}", file=sys.stderr)
+        _warn(str(storage["error"]))
         return UNKNOWN
     found = list(volumes.rows(objects, driver.name(), storage))
     if arguments.namespace:
@@ -157,7 +175,7 @@ def _volumes(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
         lines = list(volumes.Tree(found, storage).lines())
     elif arguments.output == "json":
         document = {"zones": storage["zones"], "volumes": [row.document() for row in found]}
-        lines = [json.dumps(document, indent=2)]
+        lines = json.dumps(document, indent=2).splitlines()
     else:
         heads = volumes.WIDE if arguments.output == "wide" else volumes.COLUMNS
         has_notes = arguments.output == "table" and any(row.note for row in found)
@@ -165,9 +183,9 @@ def _volumes(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
         cells = [row.cells() for row in found]
         shown = [(*line[: len(volumes.COLUMNS)], line[-1]) if arguments.output == "table" else line for line in cells]
         lines = list(volumes.table(heads, shown))
-    print("\n".join(lines))
+    _say(*lines)
     for problem in [*silent, *objects.gaps]:
-        print(f"kubectl nvmesh: not shown: {problem}", file=sys.stderr)
+        _warn(f"not shown: {problem}")
     return UNKNOWN if silent or objects.gaps else OK
 
 
@@ -182,8 +200,8 @@ def _why(kubectl: Kubectl, arguments: argparse.Namespace) -> int:
         print(document(cases, found))
     else:
         lines = dict.fromkeys(line for case in cases for line in story(case))
-        print("\n".join([*lines, "", *(line for finding in found for line in finding.lines())] if found else
-                        [*lines, "", "OK       nothing is wrong"]))  # fmt: skip
+        told = [line for finding in found for line in finding.lines()] or ["OK       nothing is wrong"]
+        _say(*lines, "", *told)
     return FOUND if any(each.is_wrong for each in found) else UNKNOWN if found else OK
 
 

@@ -20,7 +20,7 @@ _OTHER_ZONE = "volume node affinity conflict", "didn't match PersistentVolume's 
 
 
 def no_pod(case: Case) -> Iterator[Finding]:
-    if case.pod_name and not case.pods:
+    if case.pod_name and not case.pods and not is_unread(case, "pods"):
         names = [name_of(each) for each in case.objects.all("Pod")]
         yield Finding(
             f"pod {case.namespace}/{case.pod_name}",
@@ -31,7 +31,7 @@ def no_pod(case: Case) -> Iterator[Finding]:
 
 
 def no_claim(case: Case) -> Iterator[Finding]:
-    if case.claim is not None or not case.name:
+    if case.claim is not None or not case.name or is_unread(case, "persistentvolumeclaims"):
         return
     for event in case.objects.all("Event"):
         message = str(event.get("message"))
@@ -120,7 +120,7 @@ def _is_default(storage_class: Document) -> bool:
 
 def other_driver(case: Case) -> Iterator[Finding]:
     own, name = case.objects.all("CSIDriver"), case.driver_name
-    if case.claim is None or not name or case.driver.pods or is_unread(case, "pods"):
+    if case.claim is None or not name or case.driver.pods or case.driver.gaps:
         return
     if case.storage_class is None and case.pv is None:
         return
@@ -195,6 +195,7 @@ def no_consumer(case: Case) -> Iterator[Finding]:
         case.is_pending
         and binding == "WaitForFirstConsumer"
         and not case.users
+        and not is_unread(case, "pods")
         and not is_terminating(case.claim or {})
     ):
         yield Finding(
@@ -239,7 +240,7 @@ def not_scheduled(case: Case) -> Iterator[Finding]:
 
 def _capacity(case: Case) -> str:
     """Say what CSIStorageCapacity has for the class."""
-    if case.storage_class is None:
+    if case.storage_class is None or is_unread(case, "csistoragecapacities"):
         return ""
     name, wanted = name_of(case.storage_class), dig(case.claim, "spec", "resources", "requests", "storage")
     own = [each for each in case.objects.all("CSIStorageCapacity") if each.get("storageClassName") == name]
@@ -298,6 +299,8 @@ def _fits(node: Document, terms: Sequence[Mapping[str, Any]]) -> bool:
 def no_answer_yet(case: Case) -> Iterator[Finding]:
     """A claim that the provisioner should have answered, and no event says why not."""
     if not case.is_pending or case.claim is None or not case.driver.pods or dig(case.claim, "spec", "volumeName"):
+        return
+    if is_unread(case, "events"):
         return
     is_immediate = (case.storage_class or {}).get("volumeBindingMode") == "Immediate"
     is_chosen = _SELECTED_NODE in (dig(case.claim, "metadata", "annotations") or {})

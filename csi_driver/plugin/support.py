@@ -48,7 +48,7 @@ class Support:
         """Return the driver, and the pods that are looked at: of each role, those that are not ready first."""
         driver = Driver.find(self.kubectl)
         if not driver.pods:
-            raise PreconditionFailed(f"no pod of the driver was found (label {PART_OF})")
+            raise driver.none(f"the driver (label {PART_OF})")
         nodes = sorted(driver.of("node"), key=is_ready)[: self.most_nodes]
         return driver, [*driver.of("controller"), *driver.of("storage"), *nodes]
 

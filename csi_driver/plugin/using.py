@@ -63,6 +63,9 @@ def lost_node(case: Case) -> Iterator[Finding]:
         name = names.get(each["nodeId"], each["client"])
         node = case.node(name)
         is_up = node is not None and is_ready(node)
+        state = "Ready" if is_up else "not Ready" if node else "not in the cluster"
+        if node is None and is_unread(case, "node"):
+            state = "unknown"
         action = (
             f"start the storage client on {name}: systemctl status nvmeshclient"
             if is_up
@@ -71,7 +74,7 @@ def lost_node(case: Case) -> Iterator[Finding]:
         yield Finding(
             f"volume {case.volume['name'] if case.volume else ''}",
             f"is held by node {name}, whose storage client is down",
-            f"the node is {'Ready' if is_up else 'not Ready' if node else 'not in the cluster'}; see docs/fencing.md",
+            f"the node is {state}; see docs/fencing.md",
             action,
         )
 
@@ -79,6 +82,8 @@ def lost_node(case: Case) -> Iterator[Finding]:
 def held_by_hand(case: Case) -> Iterator[Finding]:
     """Held by a client for which Kubernetes has no VolumeAttachment, while a pod waits for the volume."""
     if not any(waits_for_volume(pod) for pod in case.pods) or "ReadWriteMany" in case.modes:
+        return
+    if is_unread(case, "volumeattachment"):
         return
     names = node_ids(case.objects, case.driver_name)
     attached = {str(dig(each, "spec", "nodeName")) for each in case.attachments}
@@ -171,7 +176,7 @@ def attached_elsewhere(case: Case) -> Iterator[Finding]:
             continue
         users = [name_of(pod) for pod in case.users if dig(pod, "spec", "nodeName") == name]
         node = case.node(name)
-        is_down = node is None or not is_ready(node)
+        is_down = not is_ready(node) if node is not None else not is_unread(case, "node")
         action = f"end {', '.join(users)}" if users else "wait: Kubernetes detaches it when the pod there has ended"
         if is_down:
             action = f"kubectl nvmesh release {case.name} --node {name}"
@@ -192,7 +197,7 @@ def attachment_errors(case: Case) -> Iterator[Finding]:
 
 
 def not_attached(case: Case) -> Iterator[Finding]:
-    for pod in case.pods:
+    for pod in case.pods if not is_unread(case, "volumeattachment") else ():
         name = dig(pod, "spec", "nodeName")
         if case.pv is None or not name or not waits_for_volume(pod):
             continue
@@ -345,5 +350,5 @@ def told_by_the_driver(case: Case) -> Iterator[Finding]:
 
 
 def unread(case: Case) -> Iterator[Finding]:
-    for gap in case.objects.gaps:
+    for gap in (*case.objects.gaps, *case.driver.gaps):
         yield Finding("kubectl", gap, "this part could not be looked at", is_wrong=False)

@@ -296,3 +296,79 @@ def test_a_bundle_of_a_large_cluster_asks_few_nodes(world: World) -> None:
     asked = [call[1] for call in world.calls() if call[0] == "exec"]
     assert len(asked) == 4
     assert "nvmesh-csi-node-node-77" in asked
+
+
+COMMANDS = ("why data", "why pod/web", "volumes", "holders data", "release data --node node-1 --yes",
+            "allow-format data --yes")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [*(f"{each} -n default" for each in COMMANDS), "doctor"])
+@pytest.mark.parametrize("reason", ["Unable to connect to the server: dial tcp: i/o timeout", ""])
+def test_a_cluster_that_does_not_answer_is_said_and_nothing_else(
+    world: World, capsys: pytest.CaptureFixture[str], command: str, reason: str
+) -> None:
+    (world.directory / "kubectl.py").write_text(f"import sys\nprint({reason!r}, file=sys.stderr)\nsys.exit(1)\n")
+    assert world.run(*command.split()) == 2
+    told = capsys.readouterr()
+    assert (reason or "kubectl ended with 1") in told.out + told.err
+    assert "PROBLEM" not in told.out
+
+
+def test_a_user_of_one_namespace_hears_what_may_not_be_read(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    here = world.directory / "kubectl.py"
+    denied = """
+if "-n" not in words and words[0] == "get":
+    print(f'Error from server (Forbidden): {words[1].split(",")[0]} is forbidden at the cluster scope', file=sys.stderr)
+    sys.exit(1)
+"""
+    here.write_text(KUBECTL.replace("world = json", f"{denied}world = json", 1))
+    assert world.run("why", "data", "-n", "default") == 2
+    told = capsys.readouterr().out
+    assert "PROBLEM" not in told
+    assert "pods is forbidden" in told
+    assert world.run("volumes", "-n", "default") == 2
+    assert "pods is forbidden" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["why data -n default", "volumes -o wide", "snapshots", "holders data -n default"])
+def test_names_of_others_do_not_control_the_terminal(
+    world: World, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    evil = "\x1b]0;evil\x07\r\u202e"
+    world.document["kinds"]["persistentvolumes"][0]["spec"]["csi"]["volumeHandle"] += evil
+    held = {**SHOWN, "name": evil, "csiName": evil, "faults": [{"fault": "x", "reason": evil, "message": evil}]}
+    users = {**USERS, "processes": [{"pid": 7, "command": evil, "file": evil}], "mounts": [evil]}
+    world.document["answers"] |= {
+        "volume show": held, "volume holders": users, "volume list": {**LISTING, "volumes": [held]},
+    }  # fmt: skip
+    world.run(*command.split())
+    told = capsys.readouterr()
+    assert all(line.isprintable() for line in (told.out + told.err).split("\n"))
+    assert "evil" in told.out
+
+
+def test_a_format_of_a_volume_of_another_namespace_is_not_allowed_while_pods_use_it(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert world.run("allow-format", "pvc-1", "-n", "elsewhere", "--yes") == 2
+    assert "pods use the volume: web" in capsys.readouterr().err
+    assert world.changes() == []
+
+
+def test_no_format_is_allowed_if_the_pods_cannot_be_read(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    here = world.directory / "kubectl.py"
+    denied = """
+    if "pods" in kinds and "-n" in words:
+        kinds.remove("pods"), kinds.append("no-pods")
+"""
+    here.write_text(KUBECTL.replace("    known = [", f"{denied}    known = [", 1))
+    assert world.run("allow-format", "data", "-n", "default", "--yes") == 2
+    assert "cannot be told whether pods use" in capsys.readouterr().err
+    assert world.changes() == []
+
+
+def test_no_format_is_allowed_without_an_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.document["kinds"]["pods"] = world.document["kinds"]["pods"][1:]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert world.run("allow-format", "data", "-n", "default") == 1
+    assert world.changes() == []

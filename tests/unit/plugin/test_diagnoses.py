@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -604,3 +605,29 @@ def test_each_message_of_the_documents_has_its_own_advice() -> None:
     for entry in advice():
         for quoted in entry["messages"]:
             assert quoted in advice_on(quoted.replace("...", "'x' 1"))["messages"]
+
+
+def plural(kind: str) -> str:
+    return f"{kind.lower()[:-1]}ies" if kind.endswith("y") else f"{kind.lower()}{'es' if kind.endswith('s') else 's'}"
+
+
+def accusations(given: Case) -> set[tuple[str, str]]:
+    return {(each.subject, each.problem) for each in diagnose(given) if each.is_wrong}
+
+
+TRUE_ANYWAY = "is being deleted", "are requested, and it has", "claim default/data: does not exist", "MountVolume.SetUp"
+"""Seen in the objects that are left; what could not be read explains them only."""
+EVERY = {**{name: given for name, (given, _, _) in CAUSES.items()}, "nothing": case(*RUNNING, volume=HELD)}
+
+
+@pytest.mark.parametrize("cause", EVERY)
+def test_what_may_not_be_read_accuses_nothing_else(cause: str) -> None:
+    given = EVERY[cause]
+    for kind in {each["kind"] for each in given.objects.documents}:
+        left = tuple(each for each in given.objects.documents if each["kind"] != kind)
+        volume = given.volume if "PersistentVolume" not in kind else None
+        blind = replace(given, objects=Objects(left, (f"{plural(kind)} is forbidden",)), volume=volume)
+        told = accusations(blind) - accusations(given)
+        new = {each for each in told if not any(fact in ": ".join(each) for fact in TRUE_ANYWAY)}
+        assert not new, (kind, new)
+        assert diagnose(blind)
