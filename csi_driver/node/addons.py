@@ -48,7 +48,7 @@ class NodeAddons:
         if found is None or found.node_number is not None:
             raise NotOffered(f"volume {volume} is a raw block volume: only its user knows which blocks are free")
         device, used = self._device_of(volume, found)
-        if found.read_only or found.turned_read_only:
+        if found.read_only:
             raise PreconditionFailed(f"volume {volume} is mounted read-only at {found.path}: no space is given back")
         dead = self.volumes.probes.dead(found)
         if dead is not None:

@@ -691,6 +691,21 @@ def test_a_filesystem_that_ends_before_its_device_is_trimmed_to_its_end(
     assert 0 < machine.filesystems.trim(target, grown, "ext4", deadline=soon()) <= SIZES["ext4"]
 
 
+@pytest.mark.parametrize("fs_type", ["ext4", "btrfs"])
+def test_a_trim_is_of_the_whole_filesystem(machine: HostMachine, fs_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "_TRIM_PART_BYTES", 24 * MIB)
+    _, device = machine.formatted(fs_type, SIZES[fs_type])
+    target = machine.place()
+    machine.mounts.mount(device, target, fs_type, [], read_only=False)
+    parts: list[tuple[int, int]] = []
+    monkeypatch.setattr(filesystem.ioctls, "trim", lambda fd, *part: parts.append(part) or 0)
+    machine.filesystems.trim(target, device, fs_type, deadline=soon())
+    ends = [0, *(start + length for start, length in parts)]
+    assert [start for start, _ in parts] == ends[:-1]
+    assert ends[-1] == 2**64 - 1  # btrfs has addresses beyond the end of its device
+    assert len(parts) == 1 or fs_type != "btrfs"  # each part would discard all space that has no address
+
+
 def test_a_trim_ends_at_its_deadline(machine: HostMachine) -> None:
     _, device = machine.formatted("ext4", SIZES["ext4"])
     target = machine.place()

@@ -17,7 +17,8 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.embedded.pool import Pool
-from csi_driver.errors import PreconditionFailed
+from csi_driver.errors import PreconditionFailed, SystemCallFailed
+from csi_driver.host import sparse_files
 from csi_driver.host.reflink import ReflinkedFiles
 from csi_driver.host.sparse_files import SparseFiles
 from tests.reflink_pool import BTRFS, EXT4, MIB, XFS, mounted
@@ -235,6 +236,7 @@ def test_unwritten_zeros_are_written_before_they_are_read(place: Path, monkeypat
         sync(fd)
 
     def reading(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT, "read from the page cache"
         order.append("read")
         return read(fd, buffers, offset)
 
@@ -242,3 +244,26 @@ def test_unwritten_zeros_are_written_before_they_are_read(place: Path, monkeypat
     monkeypatch.setattr(os, "preadv", reading)
     give_back(file)
     assert order == ["sync", "read"]
+
+
+def test_the_end_of_a_file_that_is_no_whole_block_stays(place: Path) -> None:
+    content = bytes(8 * MIB) + b"x" * 100
+    file = written(place, content)
+    give_back(file)
+    assert file.read_bytes() == content
+    assert taken(file) <= 4096
+
+
+def test_a_link_is_not_followed(place: Path) -> None:
+    file = written(place, bytes(8 * MIB))
+    before = taken(file)
+    link = place / "link.img"
+    link.symlink_to(file)
+    with pytest.raises(SystemCallFailed, match="ELOOP"):
+        give_back(link)
+    assert taken(file) == before
+
+
+def test_a_filesystem_that_keeps_the_blocks_of_a_hole_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_files, "punch_hole", lambda *_: None)
+    assert "does not give back a hole" in FILES.why_not(place)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.embedded.model import ATTACHMENTS
+from csi_driver.embedded.model import ATTACHMENTS, VOLUMES, Attachment
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_sparse_files import FakeSparseFiles
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
@@ -73,6 +74,25 @@ def test_a_device_without_a_record_counts_as_use(manager: Manager, files: FakeSp
     manager.attach("v1")
     identity = manager.uuid("v1")
     manager.server.store.write(lambda change: change.delete(ATTACHMENTS, identity, "node-1"))
+    assert error(manager.reclaim("v1")) == 91013
+    assert files.steps == []
+
+
+@pytest.mark.parametrize("evidence", ["wanted", "reserved", "device"])
+def test_each_sign_of_a_use_is_enough(
+    manager: Manager, files: FakeSparseFiles, evidence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = manager.server
+    volume = server.store.get(VOLUMES, "v1")
+    assert volume is not None
+    wanted = Attachment("node-1", "v1", volume.uuid, "attaching", {}, ())
+    reserved = replace(volume, reservation=replace(volume.reservation, attached=("node-1",)))
+    if evidence == "wanted":
+        server.store.write(lambda change: change.put(ATTACHMENTS, volume.uuid, wanted, "node-1"))
+    elif evidence == "reserved":
+        server.store.write(lambda change: change.put(VOLUMES, "v1", reserved))
+    else:
+        monkeypatch.setattr(server.volumes, "has_device", lambda identity: identity == volume.uuid)
     assert error(manager.reclaim("v1")) == 91013
     assert files.steps == []
 

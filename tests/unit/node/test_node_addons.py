@@ -120,6 +120,14 @@ def test_a_read_only_mount_gives_nothing_back(node: FakeNode) -> None:
     assert trims(disk) == 0
 
 
+def test_a_filesystem_that_turned_read_only_gives_nothing_back(node: FakeNode) -> None:
+    disk = staged(node)
+    disk.superblock_read_only = True
+    with pytest.raises(PreconditionFailed, match="read-only"):
+        trim(node)
+    assert trims(disk) == 0
+
+
 def test_a_dead_filesystem_gives_nothing_back(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = staged(node)
 
@@ -253,6 +261,15 @@ def test_the_key_of_the_secret_may_be_given_as_well(locked: Locked) -> None:
 def test_a_closed_volume_is_left_to_its_next_stage(locked: Locked) -> None:
     locked.up()
     locked.down()
+    with pytest.raises(PreconditionFailed, match="not open on this node"):
+        rotate(locked)
+    assert locked.luks.keys == ["correct horse"]
+
+
+def test_a_header_under_another_opened_device_is_not_written(locked: Locked) -> None:
+    locked.up()
+    back = locked.node.host.attach(NAME, UUID, like=locked.node.host.detach(NAME), number=locked.disk.number)
+    back.luks = locked.luks
     with pytest.raises(PreconditionFailed, match="not open on this node"):
         rotate(locked)
     assert locked.luks.keys == ["correct horse"]
