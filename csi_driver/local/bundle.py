@@ -174,7 +174,7 @@ def archive(files: Mapping[str, str]) -> bytes:
             entry.size, entry.mode = len(content), 0o600
             tar.addfile(entry, io.BytesIO(content))
     if target.tell() > LIMIT_BYTES:
-        raise PreconditionFailed(f"the bundle has {target.tell()} bytes, at most {LIMIT_BYTES}; take fewer logs")
+        raise PreconditionFailed(f"the bundle has {target.tell()} bytes, expected at most {LIMIT_BYTES}")
     return target.getvalue()
 
 

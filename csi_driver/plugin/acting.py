@@ -11,7 +11,7 @@ from typing import Any
 from csi_driver.errors import DriverError, NotFound, PreconditionFailed
 from csi_driver.plugin.kubectl import Document, Driver, Kubectl, Objects, dig, name_of
 from csi_driver.plugin.lost_nodes import Facts
-from csi_driver.plugin.volumes import node_ids, pods_by_claim, size
+from csi_driver.plugin.volumes import attachments_of, node_ids, pods_by_claim, size
 
 _POD_OF_A_MOUNT = re.compile(r"/pods/([0-9a-f-]{36})/|/publish/[^/]+/([0-9a-f-]{36})")
 _NODE_ID = "csi.alpha.kubernetes.io/node-id"
@@ -51,10 +51,8 @@ class Target:
         return cls(kubectl, driver, objects, _handle(pv) or name, pv)
 
     @property
-    def attachments(self) -> list[Document]:
-        name = name_of(self.pv) if self.pv is not None else None
-        found = self.objects.all("VolumeAttachment")
-        return [each for each in found if name and dig(each, "spec", "source", "persistentVolumeName") == name]
+    def attachments(self) -> Sequence[Document]:
+        return attachments_of(self.objects, self.pv)
 
     @property
     def pods(self) -> Sequence[Document]:

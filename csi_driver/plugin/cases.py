@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
 from csi_driver.errors import one_line
 from csi_driver.flags import read_size
 from csi_driver.plugin.kubectl import Document, Driver, Objects, condition, dig, is_ready, is_terminating, name_of
-from csi_driver.plugin.volumes import pods_by_claim
+from csi_driver.plugin.volumes import attachments_of, pods_by_claim
 
 MOUNTING = ("ContainerCreating", "PodInitializing", "")
 _RPC_ERROR = re.compile(r"rpc error: code = (\w+) desc = (.*)", re.DOTALL)
@@ -77,11 +77,7 @@ class Case:
 
     @cached_property
     def attachments(self) -> Sequence[Document]:
-        names = [dig(each, "spec", "source", "persistentVolumeName") for each in self.objects.all("VolumeAttachment")]
-        pv = name_of(self.pv) if self.pv else ""
-        return [
-            each for each, name in zip(self.objects.all("VolumeAttachment"), names, strict=True) if pv == name != ""
-        ]
+        return attachments_of(self.objects, self.pv)
 
     @property
     def is_pending(self) -> bool:
@@ -100,7 +96,7 @@ class Case:
     @cached_property
     def users(self) -> Sequence[Document]:
         """The pods that use the claim."""
-        return pods_by_claim(self.objects.all("Pod")).get((self.namespace, self.name), [])
+        return _users(self.objects).get((self.namespace, self.name), [])
 
     def nodes(self, *, waiting: bool = False) -> list[str]:
         """Return the nodes of the case's pods; with `waiting` only of pods that wait for their volumes."""
@@ -118,17 +114,25 @@ class Case:
     def node(self, name: str) -> Document | None:
         return self.objects.one("Node", name)
 
-    def event(self, kind: str, document: Document, *reasons: str) -> Document | None:
-        """Return the newest event of an object with one of the reasons."""
+    def event(self, kind: str, document: Document, *reasons: str, by: str = "") -> Document | None:
+        """Return the newest event of an object with one of the reasons, or the newest warning of a program."""
         found = [
             each
-            for each in self.objects.all("Event")
+            for each in self.objects.where("Event", name_of(document), "involvedObject", "name")
             if dig(each, "involvedObject", "kind") == kind
-            and dig(each, "involvedObject", "name") == name_of(document)
             and dig(each, "involvedObject", "uid") in (None, dig(document, "metadata", "uid"))
-            and each.get("reason") in reasons
+            and (each.get("reason") in reasons or (by and _is_warning(each, by)))
         ]
         return max(found, key=_time_of, default=None)
+
+
+def _is_warning(event: Document, program: str) -> bool:
+    return event.get("type") == "Warning" and event.get("reportingComponent") == program
+
+
+@lru_cache(maxsize=1)
+def _users(objects: Objects) -> Mapping[tuple[str, str], Sequence[Document]]:
+    return pods_by_claim(objects.all("Pod"))
 
 
 def _time_of(event: Document) -> str:

@@ -49,18 +49,31 @@ def is_ready(document: Document) -> bool:
     return bool(condition(document, "Ready").get("status") == "True")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Objects:
     """Documents by kind. `gaps`: what could not be read, and why."""
 
     documents: tuple[Document, ...] = ()
     gaps: tuple[str, ...] = ()
+    _groups: dict[tuple[str, ...], dict[object, list[Document]]] = field(default_factory=dict, repr=False)
 
-    def all(self, kind: str) -> list[Document]:
-        return [each for each in self.documents if each.get("kind") == kind]
+    def all(self, kind: str) -> Sequence[Document]:
+        return self._at(self.documents, kind, "kind")
+
+    def where(self, kind: str, value: str, *place: str) -> Sequence[Document]:
+        """Return the objects of a kind that have a value at a place."""
+        return self._at(self.all(kind), value, *place, of=kind)
 
     def one(self, kind: str, name: str) -> Document | None:
-        return next((each for each in self.all(kind) if name_of(each) == name), None)
+        return next(iter(self.where(kind, name, "metadata", "name")), None)
+
+    def _at(self, documents: Iterable[Document], value: str, *place: str, of: str = "") -> Sequence[Document]:
+        groups = self._groups.get((of, *place))
+        if groups is None:
+            groups = self._groups[of, *place] = {}
+            for each in documents:
+                groups.setdefault(dig(each, *place), []).append(each)
+        return groups.get(value, ())
 
     def __add__(self, other: Objects) -> Objects:
         return Objects((*self.documents, *other.documents), (*self.gaps, *other.gaps))

@@ -22,7 +22,8 @@ from csi_driver.plugin.volumes import by_handle, claims_of, find
 
 MOST_PODS = 10
 """Nodes of which the doctor's findings and pages are taken; of all pods the log."""
-_LOG_LINES = 2000
+_LOG_LINES, _ALL_LOG_LINES = 2000, 60_000
+"""Lines of a container, and of all together as far as that leaves some for each."""
 _EXEC_S, _LOGS_S, _SCAN_S = 30.0, 300.0, 300.0
 _ROLES = ("controller", "storage", "node")
 _KEYS = ("apiVersion", "kind", "metadata")
@@ -78,9 +79,11 @@ class Support:
         self._add_versions(driver, version)
         for pod in pods:
             self._add_pages(pod)
+        containers = sum(len(dig(pod, "spec", "containers") or ()) for pod in driver.pods)
+        tail = max(20, min(_LOG_LINES, _ALL_LOG_LINES // max(1, containers)))
         logs = self.kubectl.run(
             *("logs", "-n", namespace, "--selector", PART_OF, "--all-containers", "--prefix", "--timestamps"),
-            *(f"--tail={_LOG_LINES}", "--max-log-requests=5000", "--ignore-errors"),
+            *(f"--tail={tail}", "--max-log-requests=5000", "--ignore-errors"),
             timeout_s=_LOGS_S,
         )
         self.files["logs.txt"] = bundle.scrub(logs.stdout.decode(errors="replace") + logs.stderr)
@@ -120,7 +123,7 @@ class Support:
             storage = {"error": str(error)}
         self.files["volumes.json"] = _json(bundle.redact(storage))
         kinds = sorted({str(each.get("kind")) for each in own.documents})
-        self.files |= {f"objects/{kind}.json": _json(bundle.redact(own.all(kind))) for kind in kinds}
+        self.files |= {f"objects/{kind}.json": _json(bundle.redact([*own.all(kind)])) for kind in kinds}
         self.files["not-read.txt"] = bundle.scrub("\n".join(own.gaps))
         found = [finding for case in cases(own, driver, storage) for finding in diagnose(case)]
         self.files["findings.txt"] = bundle.scrub("\n".join(line for each in found for line in each.lines()))
@@ -163,6 +166,9 @@ class Support:
 
 
 def _json(document: object) -> str:
+    """Return JSON with a line for each entry of a list: of a large cluster it must stay small."""
+    if isinstance(document, list):
+        return "[\n" + ",\n".join(json.dumps(each, sort_keys=True) for each in document) + "\n]\n"
     return json.dumps(document, indent=1, sort_keys=True)
 
 
@@ -199,7 +205,7 @@ def ours(objects: Objects, driver_name: str, parts: Objects) -> Objects:
         each for each in objects.all("VolumeSnapshot")
         if dig(each, "spec", "source", "persistentVolumeClaimName") in sources
     ]  # fmt: skip
-    kept += objects.all("CSINode") + objects.all("ResourceQuota")
+    kept += [*objects.all("CSINode"), *objects.all("ResourceQuota")]
     return Objects((*kept, *parts.documents), (*objects.gaps, *parts.gaps))
 
 
@@ -242,15 +248,16 @@ def _some(document: Document, *keys: str) -> Document:
 def cases(objects: Objects, driver: Driver, storage: Mapping[str, Any]) -> Iterator[Case]:
     """Yield a case for each claim, with what the storage's list has of its volume."""
     index = by_handle(storage.get("volumes", ()))
-    for claim in objects.all("PersistentVolumeClaim"):
-        namespace = str(dig(claim, "metadata", "namespace"))
-        of_namespace = Objects(
-            tuple(each for each in objects.documents if dig(each, "metadata", "namespace") in (None, namespace))
-            + tuple(objects.all("CSIStorageCapacity"))
-        )
-        case = Case(name_of(claim), namespace, of_namespace, driver)
-        volume = find(index, str(dig(case.pv, "spec", "csi", "volumeHandle")))
-        yield Case(name_of(claim), namespace, of_namespace, driver, volume)
+    groups: dict[object, list[Document]] = {}
+    for each in objects.documents:
+        groups.setdefault(dig(each, "metadata", "namespace"), []).append(each)
+    shared = (*groups.pop(None, ()), *objects.all("CSIStorageCapacity"))
+    for namespace, own in groups.items():
+        of_namespace = Objects((*own, *shared))
+        for claim in of_namespace.all("PersistentVolumeClaim"):
+            pv = of_namespace.one("PersistentVolume", dig(claim, "spec", "volumeName") or "")
+            volume = find(index, str(dig(pv, "spec", "csi", "volumeHandle")))
+            yield Case(name_of(claim), str(namespace), of_namespace, driver, volume)
 
 
 def lines(found: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:

@@ -339,12 +339,7 @@ def told_by_the_driver(case: Case) -> Iterator[Finding]:
         *(("Pod", pod) for pod in case.pods),
     ]
     for kind, document in objects:
-        reasons = {
-            str(event.get("reason"))
-            for event in case.objects.all("Event")
-            if event.get("type") == "Warning" and case.driver_name == (event.get("reportingComponent") or "")
-        }
-        event = case.event(kind, document, *reasons) if document is not None else None
+        event = case.event(kind, document, by=case.driver_name) if document is not None else None
         if event is not None:
             yield explained(f"{kind} {name_of(document or {})} ({event.get('reason')})", str(event.get("message")))
 

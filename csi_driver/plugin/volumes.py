@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from csi_driver.model import VolumeHandle
@@ -141,6 +142,12 @@ def attachments_by_pv(objects: Objects) -> dict[str, list[str]]:
     return found
 
 
+def attachments_of(objects: Objects, pv: Document | None) -> Sequence[Document]:
+    place = ("spec", "source", "persistentVolumeName")
+    return objects.where("VolumeAttachment", name_of(pv), *place) if pv is not None else ()
+
+
+@lru_cache(maxsize=1)
 def node_ids(objects: Objects, driver_name: str) -> dict[str, str]:
     """Return the names of nodes by their ids in the storage."""
     return {

@@ -372,3 +372,16 @@ def test_no_format_is_allowed_without_an_answer(world: World, monkeypatch: pytes
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert world.run("allow-format", "data", "-n", "default") == 1
     assert world.changes() == []
+
+
+def test_a_bundle_of_a_large_cluster_has_some_lines_of_each_log(world: World) -> None:
+    def tail() -> int:
+        world.run("doctor", "--nodes", "1", "--bundle", str(world.directory / f"b{len(world.calls())}"))
+        options = next(call for call in reversed(world.calls()) if call[0] == "logs")
+        return next(int(word.removeprefix("--tail=")) for word in options if word.startswith("--tail="))
+
+    world.run("version")
+    (world.directory / "calls").touch()
+    assert tail() == 2000
+    world.document["kinds"]["pods"] += [made.driver_pod("node", node_name=f"node-{n}") for n in range(100)]
+    assert tail() == 60_000 // 103

@@ -15,6 +15,7 @@ from csi_driver.model import DEFAULT_TOPOLOGY_KEY as ZONE_KEY
 from csi_driver.plugin.cases import Case, Finding, advice_on
 from csi_driver.plugin.diagnoses import CHECKS, diagnose
 from csi_driver.plugin.kubectl import Driver, Kubectl, Objects
+from csi_driver.plugin.support import cases
 from csi_driver.plugin.why import document, story
 from csi_driver.storage_model import Client, ClientStatus
 from tests.tools.plugin_advice import advice
@@ -631,3 +632,32 @@ def test_what_may_not_be_read_accuses_nothing_else(cause: str) -> None:
         new = {each for each in told if not any(fact in ": ".join(each) for fact in TRUE_ANYWAY)}
         assert not new, (kind, new)
         assert diagnose(blind)
+
+
+class Counted(dict[str, Any]):
+    """An object that counts how often it is looked at."""
+
+    looks = 0
+
+    def get(self, key: str, default: Any = None) -> Any:
+        Counted.looks += 1
+        return super().get(key, default)
+
+
+def looks_of_a_bundle(claims: int) -> int:
+    """Return how often the objects of so many claims are looked at to diagnose them all."""
+    documents: list[Document] = [*CLUSTER]
+    for number in range(claims):
+        pv = made.volume_of_claim(f"pvc-{number}", claim_name=f"data-{number}")
+        event = made.event("Pod", f"web-{number}", "FailedMount", "a message of the past")
+        claim = made.claim(f"data-{number}", volumeName=f"pvc-{number}")
+        pod, attached = made.pod(f"web-{number}", claim_name=f"data-{number}"), made.attachment(pv=f"pvc-{number}")
+        documents += [claim, pv, pod, attached, event]
+    Counted.looks = 0
+    found = Objects(tuple(map(Counted, documents)))
+    assert [case for case in cases(found, Driver(Kubectl(), PODS), {}) if diagnose(case)] == []
+    return Counted.looks
+
+
+def test_a_bundle_of_many_claims_looks_at_each_object_a_few_times() -> None:
+    assert looks_of_a_bundle(400) < 2.2 * looks_of_a_bundle(200)
