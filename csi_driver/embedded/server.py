@@ -154,7 +154,8 @@ class StorageServer:
             status,
             cookie_name="nvmesh-storage-status",
             is_tls=self.settings.tls_certificate is not None,
-            key=lambda request, _, username: self.sessions.limit_key(request, username),
+            # The driver on this machine has the address of its users, and must not wait for their mistakes.
+            key=lambda request, _, username: ("page", self.sessions.limit_key(request, username)),
             limit=self.login_limit,
             sessions=PageSessions(self.settings.session_idle_s),
         )
