@@ -25,7 +25,7 @@ from csi_driver.errors import (
     SystemCallFailed,
     ToolMissing,
 )
-from csi_driver.host import filesystem, machine_checks, processes
+from csi_driver.host import filesystem, ioctls, machine_checks, processes
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host_model import Blank, Content, Device, Filesystem, OtherContent
 from csi_driver.model import GIB, MIB
@@ -698,7 +698,12 @@ def test_a_trim_is_of_the_whole_filesystem(machine: HostMachine, fs_type: str, m
     target = machine.place()
     machine.mounts.mount(device, target, fs_type, [], read_only=False)
     parts: list[tuple[int, int]] = []
-    monkeypatch.setattr(filesystem.ioctls, "trim", lambda fd, *part: parts.append(part) or 0)
+
+    def trim(fd: int, start: int, length: int) -> int:
+        parts.append((start, length))
+        return 0
+
+    monkeypatch.setattr(ioctls, "trim", trim)
     machine.filesystems.trim(target, device, fs_type, deadline=soon())
     ends = [0, *(start + length for start, length in parts)]
     assert [start for start, _ in parts] == ends[:-1]
