@@ -48,6 +48,7 @@ FOREIGN: dict[str, set[str]] = {
     "kube_daemonset_status_updated_number_scheduled": _OF_DAEMON_SET,
     "kube_persistentvolume_info": {"persistentvolume", "csi_driver"},
     "kube_persistentvolumeclaim_info": {*_OF_CLAIM, "volumename"},
+    "kube_persistentvolumeclaim_access_mode": {*_OF_CLAIM, "access_mode"},
 }
 """Labels of the metrics of other programs, by name."""
 NAME = re.compile(r"\b(?:nvmesh_csi|process|csi|storage|kubelet|kube)_[a-z_]+\b(?!=)|\bup\b")
@@ -156,7 +157,7 @@ def test_every_expression_is_about_one_driver() -> None:
     for expression, driver in chosen:
         names = NAME.findall(expression)
         of_driver = re.findall(rf'(?:driver|driver_name|volume_plugin)="[^"]*{re.escape(driver)}"', expression)
-        of_release = expression.count('daemonset="nvmesh-csi-node"')
+        of_release = expression.count('daemonset=~"nvmesh-csi-node(')
         joined = [name for name in names if name.startswith(("kubelet_volume_stats", "kube_persistentvolumeclaim"))]
         assert len(of_driver) + of_release + len(joined) == len(names), expression
         assert of_driver or of_release, expression
@@ -254,7 +255,7 @@ def test_alerts_name_the_objects_of_their_release_and_the_place_of_the_runbook()
     )
     by_name = {rule["alert"]: rule for rule in made["spec"]["groups"][0]["rules"]}
     expression = by_name["NvmeshCsiNodesIncomplete"]["expr"]
-    assert re.findall(r'namespace="(.*?)", daemonset="(.*?)"', expression) == [("stores", "fast-nvmesh-csi-node")] * 3
+    assert re.findall(r'namespace="(.*?)", daemonset=~"(.*?)\(', expression) == [("stores", "fast-nvmesh-csi-node")] * 3
     urls = {rule["annotations"]["runbook_url"].partition("#")[0] for rule in by_name.values()}
     assert urls == {"https://wiki.example.com/alerts"}
 
@@ -318,6 +319,39 @@ def test_metrics_that_nobody_can_reach_are_refused() -> None:
         with pytest.raises(Refused, match=rf"{kind}\.enabled is true.*node\.http\.host"):
             render(*NVMESH, f"monitoring.{kind}.enabled=true", "node.hostNetwork=true")
     assert render(*NVMESH, *ON, "node.hostNetwork=true", "node.http.host=0.0.0.0").of("PodMonitor") != []
+    with pytest.raises(Refused, match=r"pods of the controller serve.*controller\.http\.host"):
+        render(*NVMESH, *ON, "controller.hostNetwork=true")
+
+
+@tool
+@with_helm
+@pytest.mark.parametrize(("host", "probed"), [("", "127.0.0.1"), ("127.0.0.2", "127.0.0.2"), ("0.0.0.0", None)])
+def test_sidecars_on_the_hosts_network_listen_where_the_driver_does(host: str, probed: str | None) -> None:
+    rendered = render(*NVMESH, "controller.hostNetwork=true", f"controller.http.host={host}")
+    for name in ("provisioner", "attacher", "resizer"):
+        sidecar = rendered.container(f"controller/{name}")
+        (listens,) = [word for word in sidecar["args"] if word.startswith("--http-endpoint=")]
+        assert listens.startswith(f"--http-endpoint={host or probed}:")
+        assert sidecar["livenessProbe"]["httpGet"].get("host") == probed
+
+
+@tool
+@with_helm
+def test_a_release_of_nodes_alone_misses_no_controller() -> None:
+    (made,) = render("nodeComponentOnly=true", *ON).of("PrometheusRule")
+    found = {rule["alert"] for rule in made["spec"]["groups"][0]["rules"]}
+    assert {rule["alert"] for rule in rules()} - found == {"NvmeshCsiControllerMissing"}
+
+
+@tool
+@with_helm
+def test_a_label_that_selects_monitors_wins_over_that_of_the_chart() -> None:
+    label = "app.kubernetes.io/part-of"
+    labels = {"labels": {label: "kube-prometheus"}}
+    rendered = render(*NVMESH, *ON, values={"monitoring": {"podMonitor": labels, "alerts": labels}})
+    for kind in ("PodMonitor", "PrometheusRule"):
+        (made,) = rendered.of(kind)
+        assert made["metadata"]["labels"][label] == "kube-prometheus"
 
 
 @tool

@@ -278,3 +278,21 @@ def amount(quantity: object) -> Decimal:
     if unit.endswith("i"):
         return Decimal(number) * Decimal(1024) ** ("KMGTPE".index(unit[0]) + 1)
     return Decimal(number).scaleb(3 * ("num kMGTPE".index(unit) - 3) if unit else 0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"global": {"labels": {"app.kubernetes.io/part-of": "a platform"}}},
+        {
+            "storageClasses": [
+                {"name": "a", "parameters": {"vpg": "a"}, "labels": {"app.kubernetes.io/part-of": "data"}}
+            ]
+        },
+        {"controller": {"extraVolumes": [{"name": "ca", "image": {"reference": "registry.example.com/ca:1"}}]}},
+        {"networkPolicy": {"egress": {"extraRules": [{"ports": [{"port": "otlp-grpc"}]}]}}},
+    ],
+    ids=["values of a parent chart", "label of a class", "volume of an image", "port by its name"],
+)
+def test_values_that_kubernetes_takes_are_not_refused(given: dict[str, Any]) -> None:
+    assert render(*NVMESH, values=given).of("DaemonSet") != []

@@ -47,7 +47,7 @@ apiVersion: storage.k8s.io/v1
 kind: StorageClass
 metadata:
   name: {{ $class.name | quote }}
-  labels: {{- include "nvmesh-csi.labels" (dict "root" .root "component" "" "labels" $class.labels) | nindent 4 }}
+  labels: {{- mergeOverwrite (include "nvmesh-csi.labels" (dict "root" .root "component" "") | fromYaml) ($class.labels | default dict | deepCopy) | toYaml | nindent 4 }}
   {{- with $annotations }}
   annotations:
     {{- toYaml . | nindent 4 }}

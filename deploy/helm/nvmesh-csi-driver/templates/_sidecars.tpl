@@ -19,8 +19,13 @@ provisioner{{ if eq .Values.attachBy "controller" }} attacher{{ end }} resizer{{
 - --retry-interval-start={{ int .sidecar.retryIntervalStartSeconds }}s
 - --retry-interval-max={{ int .sidecar.retryIntervalMaxSeconds }}s
 {{- with .sidecar.httpPort }}
-- --http-endpoint={{ ternary "127.0.0.1" "" $.root.Values.controller.hostNetwork }}:{{ int . }}
+- --http-endpoint={{ include "nvmesh-csi.sidecarHost" $ }}:{{ int . }}
 {{- end }}
+{{- end -}}
+
+{{/* Address of the sidecars' HTTP servers: every one of a pod; on the host's network that of the driver. */}}
+{{- define "nvmesh-csi.sidecarHost" -}}
+{{- if .root.Values.controller.hostNetwork }}{{ include "nvmesh-csi.httpHost" (dict "root" .root "role" "controller") }}{{ end -}}
 {{- end -}}
 
 {{/* Last arguments of every sidecar. Call with (dict "root" $ "name" NAME). */}}
@@ -57,7 +62,8 @@ securityContext: {{- mergeOverwrite $own ($all.securityContext | default dict | 
 {{/* A sidecar of the controller. Call with (dict "root" $ "name" NAME "args" TEXT). */}}
 {{- define "nvmesh-csi.controllerSidecar" -}}
 {{- $sidecar := index .root.Values.sidecars .name -}}
-{{- $host := ternary ", host: 127.0.0.1" "" .root.Values.controller.hostNetwork -}}
+{{- $host := include "nvmesh-csi.sidecarHost" . -}}
+{{- $host = ternary (printf ", host: %s" $host) "" (hasPrefix "127." $host) -}}
 - name: {{ .name }}
   {{- include "nvmesh-csi.sidecarContainer" (dict "root" .root "name" .name) | nindent 2 }}
   args:

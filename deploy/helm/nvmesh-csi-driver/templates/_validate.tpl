@@ -38,7 +38,7 @@
 {{- range $name, $own := $v.additionalDaemonSets -}}
 {{- $_ := set $daemonSets (printf "additionalDaemonSets.%s" $name) (mergeOverwrite (deepCopy $v.node) (deepCopy $own)) -}}
 {{- end -}}
-{{- include "nvmesh-csi.validateByName" (dict "place" "" "value" $v) -}}
+{{- include "nvmesh-csi.validateByName" (dict "place" "" "value" (omit $v "global")) -}}
 {{- include "nvmesh-csi.validatePods" . -}}
 {{- include "nvmesh-csi.validateRollout" (dict "place" "controller" "strategy" $v.controller.updateStrategy) -}}
 {{- range $place, $node := $daemonSets -}}

@@ -31,7 +31,9 @@
 {{- fail (printf "%s: label %s: expected at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends, got %q; write it as an annotation, or shorten it" $.place $key $value) -}}
 {{- end -}}
 {{- $isOwn := or (hasPrefix "app.kubernetes.io/" $key) (hasPrefix "helm.sh/" $key) (eq $key "nvmesh-csi/daemonset") -}}
-{{- if and $isOwn (not (hasSuffix "odeSelector" $.place)) (not (hasSuffix "matchLabels" $.place)) -}}
+{{- /* Nothing finds monitors, rules, dashboards or classes by the chart's labels. */ -}}
+{{- $isFree := or (hasPrefix "monitoring." $.place) (contains "lasses[" $.place) (hasSuffix "odeSelector" $.place) (hasSuffix "matchLabels" $.place) -}}
+{{- if and $isOwn (not $isFree) -}}
 {{- fail (printf "%s has the label %s: labels below app.kubernetes.io and helm.sh are set by the chart, which finds its pods by them; rename it" $.place $key) -}}
 {{- end -}}
 {{- end -}}
