@@ -213,7 +213,9 @@ def built(tmp_path: Path) -> Path:
     sums = subprocess.run(["sha256sum", "images.txt", "digests.txt"], cwd=dist, capture_output=True, check=True)
     (dist / "SHA256SUMS").write_bytes(sums.stdout)
     record = f'echo "$(basename "$0") $*" >>{tmp_path}/calls'
-    program(tmp_path / "programs" / "skopeo", record, "echo -n sha256:11 >dist/image.digest")
+    # `registry` has the manifest that is published, if any; the archive's is "ours".
+    inspect = 'if [ "$1" = inspect ]; then case $* in *oci-archive:*) echo ours ;; *) cat registry ;; esac; exit; fi'
+    program(tmp_path / "programs" / "skopeo", inspect, record, "echo -n sha256:11 >dist/image.digest")
     program(tmp_path / ".cache" / "bin" / "helm", record, 'echo "Digest: sha256:22"')
     return tmp_path
 
@@ -253,6 +255,32 @@ def test_image_and_chart_are_pushed_signed_and_attested_by_digest(built: Path) -
     assert (built / "dist" / "published.txt").read_text() == (
         f"{image}:{VERSION}@sha256:11\n{chart}:{VERSION}@sha256:22\n"
     )
+
+
+@pytest.mark.tool
+@pytest.mark.parametrize(
+    ("there", "environment", "is_pushed"),
+    [("other", {}, False), ("other", {"OVERWRITE": "1"}, True), ("ours", {}, True)],
+    ids=["another content", "on request", "a retry"],
+)
+def test_a_version_that_is_published_with_another_content_is_kept(
+    built: Path, there: str, environment: dict[str, str], is_pushed: bool
+) -> None:
+    with_cosign(built)
+    (built / "registry").write_text(there + "\n")
+    done = release(built, "publish", "reg.example/team", **environment)
+    assert (done.returncode == 0, calls(built) != []) == (is_pushed, is_pushed), done.stderr
+    assert is_pushed or f"nvmesh-csi:{VERSION} is published with another content" in done.stderr
+
+
+@pytest.mark.tool
+def test_a_chart_whose_digest_is_unknown_is_not_signed(built: Path) -> None:
+    with_cosign(built)
+    program(built / ".cache" / "bin" / "helm", "echo Pushed")
+    done = release(built, "publish", "reg.example/team")
+    assert done.returncode != 0
+    assert "no digest of the chart" in done.stderr
+    assert [call for call in calls(built) if "cosign" in call] == []
 
 
 @pytest.mark.tool
