@@ -244,8 +244,7 @@ class Preemption:
             "taking volume %s, uuid %s, version %d, from %s to %s: %s",
             *(present.name, present.uuid, version, present.reservation.reserved_by or "no client", client.id, reason),
         )
-        names = {present.reservation.reserved_by, *present.reservation.attached} - {None, client.id}
-        return sorted(name for name in names if name)
+        return sorted({present.reservation.reserved_by or "", *present.reservation.attached} - {"", client.id})
 
     def refusal(self, located: Located, client: Client, *, deadline: Deadline) -> PreconditionFailed | OperationPending:
         holders, reasons = self._judge(located, client, deadline)

@@ -28,9 +28,10 @@ def events_of(api: Api) -> list[dict[str, Any]]:
     return [document for document in api.cluster.objects.values() if document.get("kind") == "Event"]
 
 
-def sent(api: Api, count: int) -> list[dict[str, Any]]:
-    """Wait for so many requests, and return the events."""
-    assert Deadline.after(30).wait_until(lambda: len(api.cluster.requests) >= count), api.cluster.requests
+def sent(api: Api, count: int, events: int = 1) -> list[dict[str, Any]]:
+    """Wait for so many requests and events, and return the events."""
+    requests = api.cluster.requests
+    assert Deadline.after(30).wait_until(lambda: len(requests) >= count and len(events_of(api)) >= events), requests
     return events_of(api)
 
 
@@ -66,15 +67,29 @@ def test_a_finding_of_a_node_is_recorded_on_its_node_and_on_the_claim_of_the_vol
     api.cluster.objects[path] = {"status": {"attachmentMetadata": context}}
     with EventRecorder(api.client(), DRIVER, "node-1", "node-1") as recorder:
         recorder.report(Subject(volume_id="zone:csi-1"), EventReason.VOLUME_IN_USE, "busy")
-        events = sent(api, 3)
+        events = sent(api, 3, 2)
     regarding = sorted((event["regarding"]["kind"], event["regarding"]["name"]) for event in events)
     assert regarding == [("Node", "node-1"), ("PersistentVolumeClaim", "data")]
 
 
-def test_a_finding_about_the_driver_is_recorded_on_its_object(api: Api) -> None:
-    with EventRecorder(api.client(), DRIVER, "controller-1") as recorder:
+def test_a_volume_whose_claim_is_not_known_has_an_event_on_its_node_alone(api: Api) -> None:
+    path = f"/apis/storage.k8s.io/v1/volumeattachments/{attachment_name('zone:csi-1', DRIVER, 'node-1')}"
+    api.cluster.objects[path] = {"status": {"attachmentMetadata": PublishContext("csi-1", UID).as_map()}}
+    with EventRecorder(api.client(), DRIVER, "node-1", "node-1") as recorder:
+        recorder.report(Subject(volume_id="zone:csi-1"), EventReason.VOLUME_IN_USE, "busy")
+        recorder.report(Subject(), EventReason.MOUNT_LOST, "the last one")
+        events = sent(api, 3, 2)
+    assert [event["regarding"]["kind"] for event in events] == ["Node", "Node"]
+    assert len(api.cluster.requests) == 3
+
+
+def test_findings_about_the_driver_are_recorded_on_its_object_which_is_read_once(api: Api) -> None:
+    with EventRecorder(api.client(), DRIVER, "controller" * 20) as recorder:
         recorder.report(Subject(), EventReason.NOT_DETACHED, "zone a")
-        (event,) = sent(api, 2)
+        recorder.report(Subject(), EventReason.NOT_DETACHED, "zone b")
+        event, _ = sent(api, 3, 2)
+    assert len(api.cluster.requests) == 3
+    assert len(event["reportingInstance"]) == 128  # the API server's limit
     assert (event["regarding"]["kind"], event["regarding"]["uid"]) == ("CSIDriver", UID)
     assert event["metadata"]["namespace"] == "default"
 
@@ -84,7 +99,7 @@ def test_missing_rights_are_logged_once(api: Api, caplog: pytest.LogCaptureFixtu
     with EventRecorder(api.client(), DRIVER, "node-1", "node-1") as recorder:
         for number in range(5):
             recorder.report(Subject(), EventReason.MOUNT_LOST, f"mount {'x' * number}")
-        sent(api, 5)
+        sent(api, 5, 0)
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert [("403" in record.getMessage(), record.name) for record in warnings] == [
         (True, "csi_driver.kubernetes.events")
@@ -96,7 +111,7 @@ def test_an_api_server_that_hangs_holds_up_neither_a_finding_nor_the_end(api: Ap
     with EventRecorder(api.client(timeout_s=60), DRIVER, "node-1", "node-1") as recorder:
         for number in range(3):
             recorder.report(Subject(), EventReason.MOUNT_LOST, f"mount {'x' * number}")
-        sent(api, 1)
+        sent(api, 1, 0)
     thread = recorder.worker._thread
     assert thread is not None
     assert thread.is_alive()

@@ -154,6 +154,21 @@ def test_a_machine_without_threads_delays_an_event_and_disturbs_no_caller(monkey
         assert Deadline.after(30).wait_until(lambda: len(world.server.created) == 2)
 
 
+def test_what_finds_the_queue_full_is_not_kept() -> None:
+    world = World()
+    for volume in range(3 * MOST_WAITING):
+        world.report(volume)
+    assert len(world.recorder._series) == MOST_WAITING
+    world = World()
+    for volume in range(MOST_WAITING + 30):  # all of them are known, and their events are due again
+        world.report(volume)
+        world.passes(20)
+    world.clock.now_s += REPEAT_S
+    for volume in range(MOST_WAITING + 30):
+        world.report(volume)
+    assert len(world.recorder._waiting) == MOST_WAITING
+
+
 def test_another_note_is_another_event() -> None:
     world = World()
     world.report(note="busy: pid 7")

@@ -39,6 +39,16 @@ def test_a_volume_that_is_taken_over_is_reported_on_its_claim_and_its_former_nod
     assert "from node node-1 for node node-2" in note
 
 
+def test_the_node_that_takes_a_volume_over_is_no_former_node() -> None:
+    world, volume_id = published()
+    world.management.set_status("node-1", ClientStatus.DOWN)
+    world.unpublish(volume_id, NODE_1)
+    held = replace(world.stored().reservation, attached=("node-1", "node-2"))
+    world.management.change(world.stored().name, reservation=held)
+    world.publish(volume_id, NODE_2)
+    assert [subject.node for subject, _, _ in world.reports.found] == ["node-1"]
+
+
 def test_a_detachment_that_does_not_end_is_reported_with_equal_words() -> None:
     world, volume_id = published()
     world.management.set_busy("node-1", world.stored())
@@ -68,6 +78,7 @@ def test_the_node_gets_the_claim_if_there_are_events_and_else_the_context_of_bef
         {"csi_name": "other", "csi-storage-k8s-io/pvc/name": "data", "csi-storage-k8s-io/pvc/namespace": "team-a"},
         {"csi_name": PVC, "csi-storage-k8s-io/pvc/name": "a/b", "csi-storage-k8s-io/pvc/namespace": "team-a"},
         {"csi_name": PVC, "csi-storage-k8s-io/pvc/name": "data", "csi-storage-k8s-io/pvc/namespace": "../x"},
+        {"csi_name": PVC, "csi-storage-k8s-io/pvc/name": "data", "csi-storage-k8s-io/pvc/namespace": ".."},
     ],
 )
 def test_a_volume_whose_claim_is_not_certain_has_none(metadata: dict[str, object]) -> None:
