@@ -156,6 +156,7 @@ def add_route(server: StorageServer) -> None:
 
 
 def _serve_with_switches(
+    instead: LuksHeaders | None,
     settings: StorageSettings,
     loops: LoopDevices,
     headers: LuksHeaders | None = None,
@@ -164,27 +165,29 @@ def _serve_with_switches(
     freezes: Freezes | None = None,
     sparse_files: SparseFiles | None = None,
 ) -> int:
-    from csi_driver.host.luks import LuksFiles
-    from tests.unit.embedded.fake_luks import CHEAP_KEYS
-
     def both(server: StorageServer) -> AbstractContextManager[object]:
         add_route(server)
         return beside(server)
 
-    cheap = None if headers is None else LuksFiles(CHEAP_KEYS)
-    return _serve(settings, loops, cheap, both, reflinks, freezes, sparse_files)
+    used = headers if headers is None or instead is None else instead
+    return _serve(settings, loops, used, both, reflinks, freezes, sparse_files)
 
 
 _serve = embedded.serve
 
 
-def install() -> None:
-    """Let `nvmesh-csi storage` of this process serve the route."""
-    embedded.serve = _serve_with_switches
+def install(instead: LuksHeaders | None = None) -> None:
+    """Let `nvmesh-csi storage` of this process serve the route, with other LUKS headers than its own if they are given.
+
+    In a pod of the second node's cluster nothing else of the tests can be imported.
+    """
+    embedded.serve = functools.partial(_serve_with_switches, instead)
 
 
 if __name__ == "__main__":
     from csi_driver.__main__ import main
+    from csi_driver.host.luks import LuksFiles
+    from tests.unit.embedded.fake_luks import CHEAP_KEYS
 
-    install()
+    install(LuksFiles(CHEAP_KEYS))
     sys.exit(main(["storage", *sys.argv[1:]]))
