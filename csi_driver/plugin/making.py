@@ -7,7 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from csi_driver.plugin.cases import Case, Finding, close_name, explained, is_unread, pod_state, quantity_bytes
+from csi_driver.plugin.cases import (
+    Case,
+    Finding,
+    advice_on,
+    close_name,
+    explained,
+    is_unread,
+    pod_state,
+    quantity_bytes,
+)
 from csi_driver.plugin.kubectl import Document, condition, dig, is_ready, is_terminating, name_of
 
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
@@ -235,7 +244,10 @@ def not_scheduled(case: Case) -> Iterator[Finding]:
         elif any(words in message for words in _OTHER_ZONE):
             yield explained(subject, message, reason=_places(case))
         else:
-            yield explained(subject, message)
+            cordoned = [name_of(node) for node in case.objects.all("Node") if dig(node, "spec", "unschedulable")]
+            reason = f"no pod may start on cordoned nodes: {', '.join(cordoned)}" if cordoned else ""
+            action = f"when their maintenance is over: kubectl uncordon {' '.join(cordoned)}" if cordoned else ""
+            yield explained(subject, message, reason=reason, action="" if advice_on(message) else action)
 
 
 def _capacity(case: Case) -> str:

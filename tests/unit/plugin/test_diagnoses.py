@@ -282,6 +282,11 @@ CAUSES: dict[str, tuple[Case, str, str]] = {
         "node affinity",
         "node-2: zone-a",
     ),
+    "a node is cordoned": (
+        case(*BOUND, made.node("node-2", unschedulable=True), unscheduled("0/2 nodes: 1 node(s) were unschedulable.")),
+        "were unschedulable",
+        "kubectl uncordon node-2",
+    ),
     "every node has its maximum of volumes": (
         case(*BOUND, unscheduled("0/1 nodes are available: 1 node(s) exceed max volume count.")),
         "exceed max volume count",
