@@ -73,6 +73,7 @@ class Target:
             volume=self.driver.volume("show", self.handle),
             node_id=ids.get(node_name) or str(recorded or ""),
             pods=self.pods,
+            is_shared="ReadWriteMany" in (dig(self.pv, "spec", "accessModes") or ()),
             attach_required=dig(csi_driver, "spec", "attachRequired") is not False,
             is_complete=not self.objects.gaps,
         )

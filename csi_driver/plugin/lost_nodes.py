@@ -3,7 +3,9 @@
 
 Nothing here takes a volume from a node: Kubernetes detaches it, and the controller hands it to another node only when
 the storage management reports the client of the lost node as down (docs/fencing.md). So a wrong decision of a person,
-or an outdated document, never leads to two writers. The checks spare a living node the deletion of its pods.
+or an outdated document, never leads to two writers of a volume that one node writes to. A volume that many nodes may
+write to is not fenced: its pods are not started elsewhere by this program. The checks spare a living node the deletion
+of its pods.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 from csi_driver.plugin.kubectl import Document, condition, dig, is_ready, is_terminating, name_of
 
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+_TAINT = f"{OUT_OF_SERVICE}=nodeshutdown:NoExecute"
 _FENCING = "docs/fencing.md"
 
 
@@ -38,6 +41,7 @@ class Facts:
     volume: Mapping[str, Any]
     node_id: str
     pods: Sequence[Document]
+    is_shared: bool = False
     attach_required: bool = True
     is_complete: bool = True
 
@@ -92,12 +96,18 @@ def _taint(facts: Facts) -> Plan:
     taints = dig(facts.node, "spec", "taints") or ()
     if any(each.get("key") == OUT_OF_SERVICE for each in taints):
         return Plan(f"node {facts.node_name} is marked out of service: Kubernetes deletes its pods and detaches; wait")
+    if facts.is_shared:
+        return Plan(
+            "many nodes may write to the volume (ReadWriteMany), so the storage does not cut the lost one off:"
+            f" {_FENCING}#guarantees. Power the machine off. Then: kubectl taint nodes {facts.node_name} {_TAINT}"
+        )
     return Plan(
         f"node {facts.node_name} is not Ready ({condition(facts.node or {}, 'Ready').get('message')}), and its storage"
         " client is down",
-        (("taint", "nodes", facts.node_name, f"{OUT_OF_SERVICE}=nodeshutdown:NoExecute"),),
+        (("taint", "nodes", facts.node_name, _TAINT),),
         effects=(
             f"all pods of node {facts.node_name} are deleted, and all its volumes are detached, also of other drivers",
+            "volumes of other drivers, and those of ReadWriteMany, may then have two writers if the machine still runs",
             "do it only if the machine is off; remove the taint when it is back:",
             f"  kubectl taint nodes {facts.node_name} {OUT_OF_SERVICE}-",
         ),

@@ -228,6 +228,14 @@ def test_a_release_is_a_dry_run_until_it_is_wanted(world: World, capsys: pytest.
     assert [call[:3] for call in world.changes()] == [["taint", "nodes", "node-1"]]
 
 
+def test_a_volume_that_many_nodes_write_to_is_not_released(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    lose_the_node(world)
+    world.document["kinds"]["persistentvolumes"][0]["spec"]["accessModes"] = ["ReadWriteMany"]
+    assert world.run("release", "data", "-n", "default", "--node", "node-1", "--yes") == 1
+    assert "does not cut the lost one off" in capsys.readouterr().out
+    assert world.changes() == []
+
+
 def test_a_living_node_is_never_released(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert world.run("release", "data", "-n", "default", "--node", "node-1", "--yes") == 1
     assert "is Ready" in capsys.readouterr().out

@@ -49,6 +49,7 @@ def test_the_attachment_of_a_node_that_is_gone_is_deleted_and_never_its_finalize
         ({"is_complete": False}, "could not be read"),
         ({"attach_required": False}, "--attach-by node"),
         ({"attachment": GOING}, "is being deleted"),
+        ({"is_shared": True}, "Power the machine off. Then: kubectl taint nodes node-1"),
         ({"node": MARKED}, "is marked out of service"),
         ({"volume": made.stored()}, "the storage does not have the volume on node node-1"),
         ({"attachment": None}, "the driver was never asked to detach"),
