@@ -136,9 +136,9 @@ def test_a_search_for_a_persistent_volume_is_one_for_its_volume() -> None:
 
     browser = logged_in(page_of(Watched()))
     uuid = "0be9ece0-af5e-42fb-938a-760c08a8d2f6"
-    for search in (f"pvc-{uuid}", "pvc-0be9", f"zone-1:csi-0be9ece0:{uuid}", " data "):
+    for search in (f"pvc-{uuid}", "pvc-0be9", f"zone-1:csi-0be9ece0:{uuid}", " data ", 9000 * "a"):
         browser.get(f"/status/volumes?q={search}")
-    assert wanted == ["csi-0be9ece0-af5e-42fb", "csi-0be9", "csi-0be9ece0", "data"]
+    assert wanted == ["csi-0be9ece0-af5e-42fb", "csi-0be9", "csi-0be9ece0", "data", 256 * "a"]
 
 
 # --- login ---
