@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.status_page.login import _MOST_KEYS, LoginLimit, network_of
+from csi_driver.status_page.login import _MOST_KEYS, LoginLimit, PageSessions, network_of
 from tests.unit.status_page.test_web import StillClock
 
 
@@ -54,3 +54,14 @@ def test_the_number_of_keys_is_bounded_and_the_oldest_go() -> None:
 ])  # fmt: skip
 def test_the_addresses_of_one_client_count_together(one: str, other: str, same: bool) -> None:
     assert (network_of(one) == network_of(other)) is same
+
+
+def test_a_login_of_another_zone_does_not_make_the_session_of_the_first_longer() -> None:
+    clock = StillClock()
+    sessions = PageSessions(idle_s=1e9, clock=clock)
+    first = sessions.open("zone-1")
+    clock.now_s = 11 * 3600.0
+    both = sessions.open("zone-2", first)
+    assert sessions.find(both) is not None
+    clock.now_s = 13 * 3600.0
+    assert sessions.find(both) is None
