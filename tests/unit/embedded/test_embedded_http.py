@@ -205,6 +205,7 @@ def exchange(server: StorageServer, sent: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("line", "header", "status"), [
+    ("GET /login HTTP/1.1", "Host: localhost\r\nHost: example.com", 400),
     ("POST /login HTTP/1.1", "Transfer-Encoding: chunked", 411),
     ("POST /login HTTP/1.1", "Content-Length: x", 411),
     ("POST /login HTTP/1.1", "Content-Length: -1", 411),
