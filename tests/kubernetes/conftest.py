@@ -7,17 +7,23 @@ and is wrong if it leaves a volume or a device behind.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
+from csi_driver.plugin import main as plugin
+from csi_driver.plugin.kubectl import Kubectl
 from tests.kubernetes.driver import Driver
 from tests.kubernetes.kubectl import ENTER, Cluster
 from tests.kubernetes.stage import Stage
 from tests.kubernetes.storage import Storage
 
 HOW_TO_START = "no cluster is up; run as root: make cluster-up, or make test-kubernetes, which does it by itself"
+
+Run = Callable[..., tuple[int, str]]
+"""The plugin, and its exit status and output."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +63,32 @@ def stage(cluster: Cluster, storage: Storage) -> Iterator[Stage]:
     made = Stage(cluster, storage)
     yield made
     made.clear()
+
+
+@pytest.fixture
+def nvmesh(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the plugin, and return its exit status and output."""
+    monkeypatch.setattr(plugin, "Kubectl", lambda options: Kubectl(options, (*cluster.enter, "kubectl")))
+
+    def run(*words: str) -> tuple[int, str]:
+        status = plugin.main(words, version="test")
+        shown = capsys.readouterr()
+        return status, shown.out + shown.err
+
+    return run
+
+
+def first_problem(cluster: Cluster, nvmesh: Run, name: str, words: str) -> None:
+    """Wait until the first thing that `why` says has the words."""
+
+    def is_said() -> bool:
+        status, shown = nvmesh("why", name, "-n", "default", "-o", "json")
+        if status != 1:
+            return False
+        found = json.loads(shown)["findings"][0]
+        return words in f"{found['subject']}: {found['problem']} {found['reason']}"
+
+    cluster.wait_for(is_said, f"why {name} to say {words!r}: {nvmesh('why', name, '-n', 'default')[1]}")
 
 
 @pytest.hookimpl(wrapper=True)

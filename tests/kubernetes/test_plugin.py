@@ -6,53 +6,19 @@ from __future__ import annotations
 import base64
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from csi_driver.local.bundle import Secrets
-from csi_driver.plugin import main as plugin
-from csi_driver.plugin.kubectl import Kubectl
+from tests.kubernetes.conftest import Run, first_problem
 from tests.kubernetes.driver import NAME, NAMESPACE, Driver
-from tests.kubernetes.kubectl import Cluster, Document
+from tests.kubernetes.kubectl import Cluster, Document, KubectlFailed
 from tests.kubernetes.load import claim, user_of
 from tests.kubernetes.stage import Stage
 from tests.kubernetes.storage import Storage
 from tests.kubernetes.test_life import storage_class
-
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def nvmesh(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the plugin, and return its exit status and output."""
-    monkeypatch.setattr(plugin, "Kubectl", lambda options: Kubectl(options, (*cluster.enter, "kubectl")))
-
-    def run(*words: str) -> tuple[int, str]:
-        status = plugin.main(words, version="test")
-        shown = capsys.readouterr()
-        return status, shown.out + shown.err
-
-    return run
-
-
-def first_problem(cluster: Cluster, nvmesh: Run, name: str, words: str) -> None:
-    """Wait until the first thing that `why` says has the words."""
-
-    def is_said() -> bool:
-        status, shown = nvmesh("why", name, "-n", "default", "-o", "json")
-        found = json.loads(shown)["findings"]
-        return status == 1 and words in f"{found[0]['subject']}: {found[0]['problem']} {found[0]['reason']}"
-
-    cluster.wait_for(is_said, f"why {name} to say {words!r}: {nvmesh('why', name, '-n', 'default')[1]}")
-
-
-def quota(name: str) -> Document:
-    return {
-        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": name, "namespace": "default"},
-        "spec": {"hard": {f"quota-class.storageclass.storage.k8s.io/{'persistentvolumeclaims'}": "0"}},
-    }  # fmt: skip
 
 
 def static(name: str, handle: str) -> Document:
@@ -128,6 +94,18 @@ def test_a_static_volume_that_does_not_exist_is_named(stage: Stage, cluster: Clu
     bound["spec"]["volumeName"] = "nowhere"
     stage.apply([static("nowhere", "single-zone-cluster:nowhere"), bound])
     first_problem(cluster, nvmesh, "nowhere", "does not exist")
+
+
+def test_a_claim_that_a_used_up_quota_refused_is_explained(stage: Stage, cluster: Cluster, nvmesh: Run) -> None:
+    hard = {"nvmesh-xfs.storageclass.storage.k8s.io/persistentvolumeclaims": "0"}
+    quota = {
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "full"}, "spec": {"hard": hard},
+    }  # fmt: skip
+    stage.apply([quota])
+    cluster.wait_for(lambda: cluster.there("resourcequota", "full").get("status", {}).get("used"), "the quota's use")
+    with pytest.raises(KubectlFailed, match="exceeded quota: full"):
+        stage.apply([claim("refused", storage_class="nvmesh-xfs")])
+    first_problem(cluster, nvmesh, "refused", "quota full is used up")
 
 
 def test_a_pod_whose_node_lost_the_driver_is_explained(
