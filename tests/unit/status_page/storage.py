@@ -16,7 +16,7 @@ from csi_driver.status_page.login import LoginLimit, PageSessions
 from csi_driver.status_page.model import Part, Wanted
 from csi_driver.status_page.web import StatusPage
 
-HOSTILE = "\"><script>alert('x')</script>&\r\nSet-Cookie: a=b{{ 7 * 7 }}"
+HOSTILE = "\"><script>alert('x')</script>&\r\nSet-Cookie: a=b{{ 777 * 777 }}"
 PASSWORD = "correct horse"
 HOST = "127.0.0.1:9806"
 
