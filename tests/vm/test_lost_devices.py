@@ -337,7 +337,7 @@ def test_an_encrypted_volume_back_under_its_number_is_opened_again(tmp_path: Pat
         volume = Machine(machine, EXT4, Encryption.LUKS)
         name = volume.volume.name
         node, entry = machine.device_root / name, _NULL_BLOCKS / name
-        assert machine.loops.detach(volume.volume.loop)
+        wait_for(lambda: machine.loops.detach(volume.volume.loop), "udev to close the new loop device", SOON_S)
         number = null_block(name, volume.volume.file.stat().st_size)
         os.mknod(node, 0o60600, os.makedev(number.major, number.minor))
         try:
