@@ -25,7 +25,7 @@ _DEVICE_DIRECTORIES = ("/dev/", "/volumeDevices/")
 
 
 def device_users(devices: Path, status: Path, volume_id: str) -> dict[str, object]:
-    """Return one document. Raises `PreconditionFailed` for what is no handle."""
+    """Return one document. Raises `PreconditionFailed` if `volume_id` is not a handle."""
     handle = VolumeHandle.parse(volume_id)
     if handle is None:
         raise PreconditionFailed(f"{shown(volume_id)} is no volume handle")

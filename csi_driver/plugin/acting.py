@@ -154,7 +154,7 @@ def loss(target: Target, volume: Mapping[str, Any]) -> Iterator[str]:
         raise PreconditionFailed(f"pods use the volume: {names}; delete them first")
     unread = [gap for gap in target.objects.gaps if "pods" in gap or "persistentvolume" in gap]
     if unread:
-        raise PreconditionFailed(f"it cannot be told whether pods use the volume: {'; '.join(unread)}")
+        raise PreconditionFailed(f"it is unknown whether pods use the volume: {'; '.join(unread)}")
     owner = dig(target.pv, "spec", "claimRef") or {}
     yield f"claim {owner.get('namespace')}/{owner.get('name')}" if owner else "no claim"
     yield f"volume {volume['handle']}, {size(volume['usableBytes'])}, CSI name {volume['csiName'] or 'none'}"

@@ -25,7 +25,7 @@ _OWN_PIECE = 8
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is wrong, or with `is_wrong` False something that cannot be told."""
+    """Something that is wrong, or with `is_wrong` False something that is unknown."""
 
     subject: str
     problem: str

@@ -50,7 +50,7 @@ def plan(facts: Facts) -> Plan:
     """Decide how the volume is released, or why it is not."""
     if not facts.is_complete or "error" in facts.volume:
         why = facts.volume.get("error", "some objects could not be read")
-        return Plan(f"it cannot be told whether node {facts.node_name} is lost: {why}")
+        return Plan(f"it is unknown whether node {facts.node_name} is lost: {why}")
     if not facts.attach_required:
         return Plan(f"this driver attaches on the nodes (--attach-by node): see {_FENCING}#flags-of-the-controller")
     if facts.node is not None and is_ready(facts.node):

@@ -19,7 +19,7 @@ from csi_driver.plugin.support import MOST_PODS, Support, lines
 from csi_driver.plugin.why import Reader, document, story
 
 OK, FOUND, UNKNOWN = 0, 1, 2
-_EXIT_STATUS = "exit status: 0 nothing is wrong, 1 something is, 2 it cannot be told or the command line is wrong"
+_EXIT_STATUS = "exit status: 0 nothing is wrong, 1 something is, 2 unknown, or the command line is wrong"
 
 
 def main(argv: Sequence[str] | None = None, version: str = "") -> int:

@@ -145,7 +145,7 @@ class Support:
         if left and not unsearched:
             raise PreconditionFailed(
                 f"the bundle was not written: it could not be searched for the secrets of {', '.join(left)};"
-                " --unsearched writes it all the same"
+                " --unsearched writes it without the search"
             )
         bundle.write(path, content)
         known = f"no secret of {', '.join(searched) or 'any role'} is in it"

@@ -24,7 +24,6 @@ from csi_driver.plugin.volumes import node_ids
 
 _OF_THE_VOLUME = re.compile(r'(?:failed for volume|for volume|volume) "([^"]+)"')
 _MOUNT_EVENTS = ("FailedMount", "FailedMapVolume", "FailedAttachVolume")
-_TAINT = f"kubectl taint nodes NODE {OUT_OF_SERVICE}=nodeshutdown:NoExecute"
 
 
 # --- the storage -----------------------------------------------------------------------------------------------------
@@ -121,9 +120,10 @@ def node_is_down(case: Case) -> Iterator[Finding]:
                 "it is marked out of service: its pods are deleted and its volumes detached"
                 if is_marked
                 else "its pods stay Terminating and its volumes attached until it is back or marked",
-                "see docs/fencing.md#steps-for-an-administrator: if it is dead, " + _TAINT.replace("NODE", name)
-                if not is_marked
-                else "wait",
+                "wait"
+                if is_marked
+                else f"if it is dead: kubectl nvmesh release {case.name or 'CLAIM'} --node {name}, which checks before"
+                " it marks the node; see docs/fencing.md#steps-for-an-administrator",
             )
 
 

@@ -371,7 +371,7 @@ def test_no_format_is_allowed_if_the_pods_cannot_be_read(world: World, capsys: p
 """
     here.write_text(KUBECTL.replace("    known = [", f"{denied}    known = [", 1))
     assert world.run("allow-format", "data", "-n", "default", "--yes") == 2
-    assert "cannot be told whether pods use" in capsys.readouterr().err
+    assert "it is unknown whether pods use" in capsys.readouterr().err
     assert world.changes() == []
 
 

@@ -355,7 +355,7 @@ CAUSES: dict[str, tuple[Case, str, str]] = {
     "the node is not ready": (
         case(*instead(RUNNING, NOT_READY), volume=HELD),
         "is not Ready: kubelet stopped posting",
-        "node.kubernetes.io/out-of-service",
+        "kubectl nvmesh release data --node",
     ),
     "the storage client of the node is down": (
         case(*RUNNING, volume=made.stored(holders=[made.holder(status="down")])),
