@@ -67,7 +67,8 @@ class VolumeStatus:
 
     `refusal`: why the device must not be used. `io_enabled`: only when True may the device be opened, otherwise reads
     hang or fail after 30 s. `preempted`: another client's reservation blocks I/O until the volume is detached.
-    `details` repeats the client's fields when something is wrong.
+    `details` repeats the client's fields when something is wrong. `holders`: the staging paths for which this node
+    itself connected the volume by NVMe/TCP; None: a storage client attached it.
     """
 
     name: str
@@ -78,6 +79,7 @@ class VolumeStatus:
     refuses_writes: bool | None = None
     preempted: bool = False
     details: str = ""
+    holders: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,25 @@ class StorageClient:
     is_upgrading: bool = False
     problem: str = ""
     volume_limit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectOptions:
+    """How this node connects a volume by NVMe/TCP; 0 = the connector's default.
+
+    `io_timeout_s`: for so long I/O waits for a storage machine without any path, then it fails.
+    """
+
+    io_queues: int = 0
+    io_timeout_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeOrphan:
+    """A connection of this node to one of our subsystems that no record names; `number`: its device, if it has one."""
+
+    nqn: str
+    number: DeviceNumber | None
 
 
 @dataclass(frozen=True, slots=True)
