@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from csi_driver.errors import PreconditionFailed
 from csi_driver.model import Claim, VolumeHandle, is_uuid, is_volume_name
+from csi_driver.nvme_model import NvmeExport
 
 
 class History(StrEnum):
@@ -40,7 +42,8 @@ class PublishContext:
     `stripe_bytes`: contiguous bytes on one drive, and the data of a whole stripe; 0 = no stripes, or unknown.
     `populated`: made from a snapshot or another volume, whose content it has; `inherited_uuids`: the volumes whose
     filesystem or LUKS header that content may be. `private_copy`: the device of a reader is a copy for this node alone.
-    `claim`: for which the volume was created, for events; no decision depends on it.
+    `claim`: for which the volume was created, for events; no decision depends on it. `nvme`: the node connects to this
+    export; None: the node's storage client makes the device.
     """
 
     name: str
@@ -57,6 +60,7 @@ class PublishContext:
     inherited_uuids: tuple[str, ...] = ()
     private_copy: bool = False
     claim: Claim | None = None
+    nvme: NvmeExport | None = None
 
     def as_map(self) -> dict[str, str]:
         rare = {
@@ -69,6 +73,12 @@ class PublishContext:
             "privateCopy": "true" if self.private_copy else "",
             "claim": str(self.claim or ""),
         }
+        if self.nvme is not None:
+            rare |= {
+                "nvme.nqn": self.nvme.nqn,
+                "nvme.paths": ",".join(self.nvme.paths),
+                "nvme.blockBytes": str(self.nvme.block_bytes),
+            }
         return {key: text for key, text in rare.items() if text} | {
             "name": self.name,
             "uuid": self.uuid,
@@ -80,7 +90,10 @@ class PublishContext:
 
     @classmethod
     def from_map(cls, context: Mapping[str, str]) -> PublishContext | None:
-        """Parse; None if this driver did not write it. Unreadable values count as unknown: the node is more careful."""
+        """Parse; None if this driver did not write it. Unreadable values count as unknown: the node is more careful.
+
+        Raises `PreconditionFailed` for an unreadable export: a node that does not connect would wait for the device.
+        """
         name, uuid = context.get("name", ""), context.get("uuid", "")
         if not is_volume_name(name) or not is_uuid(uuid):
             return None
@@ -101,7 +114,24 @@ class PublishContext:
             inherited_uuids=tuple(filter(is_uuid, context.get("inheritedUuids", "").lower().split(","))),
             private_copy=context.get("privateCopy") == "true",
             claim=Claim.parse(context.get("claim", "")),
+            nvme=_nvme(context),
         )
+
+
+_NVME_KEYS = ("nvme.nqn", "nvme.paths", "nvme.blockBytes")
+
+
+def _nvme(context: Mapping[str, str]) -> NvmeExport | None:
+    if not any(key.startswith("nvme.") for key in context):
+        return None
+    nqn, paths, block_bytes = (context.get(key, "") for key in _NVME_KEYS)
+    export = NvmeExport(nqn, tuple(paths.split(",")) if paths else (), _natural(block_bytes))
+    if export.problem:
+        raise PreconditionFailed(
+            f"publish_context, nvme.*: {export.problem}; the controller and this node must have the same version of the"
+            " driver; then delete the VolumeAttachment, so that the volume is attached again"
+        )
+    return export
 
 
 def _natural(text: str) -> int:

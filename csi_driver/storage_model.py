@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
 
+from csi_driver.nvme_model import NvmeExport
+
 
 class RaidLevel(StrEnum):
     CONCATENATED = "Concatenated"
@@ -201,6 +203,9 @@ class ClientStatus(IntEnum):
     UNKNOWN = 6
 
 
+_ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
+
+
 class DeviceStatus(IntEnum):
     BUSY = 1
     DETACHED = 2
@@ -245,15 +250,30 @@ class DeviceReport:
     io_enabled: bool
     mode: ReservationMode
     reference_ids: frozenset[str] | None
+    export: NvmeExport | None = None
+    """Where the node must connect for its device; None: its storage client makes the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
+    """A client of the storage, on a node. `connects_on_demand`: it is the kernel's NVMe host, and no daemon runs."""
+
     id: str
     uuid: str
     status: ClientStatus
     desired: Mapping[str, DesiredAttachment] = field(default_factory=dict)
     devices: Mapping[str, DeviceReport] = field(default_factory=dict)
+    connects_on_demand: bool = False
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it cannot attach a volume now. One that connects on demand is down while it has no connection."""
+        return self.status in _ABSENT and not self.connects_on_demand
+
+    @property
+    def node_id(self) -> str:
+        """The id of its node in CSI: such a node has no client's uuid to name itself by."""
+        return self.id if self.connects_on_demand else self.uuid
 
     def holds(self, volume_uuid: str) -> bool:
         """Whether the volume is attached, to be attached, or not yet reported as detached."""

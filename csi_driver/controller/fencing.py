@@ -65,7 +65,7 @@ def is_release_recorded(client: Client, located: Located) -> bool:
 
 def missing(client: Client, located: Located, mode: ReservationMode) -> str:
     report = client.devices.get(located.volume.uuid)
-    if client.status is ClientStatus.DOWN:
+    if client.status is ClientStatus.DOWN and not client.connects_on_demand:
         return "the attachment (the storage client is down)"
     if report is None:
         return "the attachment (the client reports no device)"
@@ -73,6 +73,8 @@ def missing(client: Client, located: Located, mode: ReservationMode) -> str:
         return f"the reservation (device {report.status.name.lower()}, held as {report.mode.name.lower()})"
     if report.status is not DeviceStatus.ATTACHED:
         return f"the attachment (device {report.status.name.lower()})"
+    if client.connects_on_demand and report.export is None:
+        return "the attachment (the storage has not exported the volume yet)"
     if not report.io_enabled:
         return "I/O on the attached device (it is disabled)"
     if report.reference_ids is not None and located.reference not in report.reference_ids:

@@ -46,7 +46,6 @@ from csi_driver.storage_model import (
 
 _log = logging.getLogger(__name__)
 
-_ABSENT = (ClientStatus.INITIALIZING, ClientStatus.EXITING, ClientStatus.REMOVAL_READY, ClientStatus.DOWN)
 _READ_ONLY_VOLUME = 1716
 """The management's error: the volume is read-only and write access was requested."""
 
@@ -144,7 +143,7 @@ class _Call:
 
     def _await_detached(self) -> None:
         """Wait until an earlier detachment from this client ends: attach and detach of a volume never overlap."""
-        if self.client.status is ClientStatus.DOWN:
+        if self.client.status is ClientStatus.DOWN and not self.client.connects_on_demand:
             raise _client_absent(self.client)
 
         def is_detached() -> bool:
@@ -161,7 +160,7 @@ class _Call:
     def _admit(self) -> int | None:
         """Refuse early, before the record changes; return the version of the reservation to preempt, if any."""
         client, reservation = self.client, self.located.volume.reservation
-        if client.status in _ABSENT:
+        if client.is_absent:
             raise _client_absent(client)
         limit = self.settings.max_volumes_per_node
         if limit and (held := sum(client.holds(uuid) for uuid in {*client.desired, *client.devices})) >= limit:
@@ -281,6 +280,7 @@ class _Call:
             elif origin is None and number == 1 and self.mode is ReservationMode.EXCLUSIVE_READ_WRITE:
                 history = History.FIRST
         unit_bytes, stripe_bytes = stripes_of(volume.layout)
+        report = self.client.devices.get(volume.uuid)
         is_reader = self.mode is ReservationMode.SHARED_READ_ONLY
         return PublishContext(
             name=volume.name,
@@ -297,6 +297,7 @@ class _Call:
             inherited_uuids=origin.ancestors if origin is not None else (),
             private_copy=is_reader and volume.has_private_readers,
             claim=claim_of(volume.metadata) if self.reporter is not SILENT else None,
+            nvme=report.export if report is not None else None,
         )
 
     def _may_format(self, volume: Volume, number: int) -> bool:

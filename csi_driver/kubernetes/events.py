@@ -22,7 +22,6 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import one_line
 from csi_driver.kubernetes.api import ApiFailed, ApiServer, attachment_name
 from csi_driver.model import Claim
-from csi_driver.publish_context import PublishContext
 from csi_driver.reporting import EventReason, Subject
 
 _LOG = logging.getLogger(__name__)
@@ -221,10 +220,10 @@ class EventRecorder:
     def _regarding(self, place: _Place) -> dict[str, str] | None:
         if place.volume_id:
             name = attachment_name(place.volume_id, self.driver_name, self.node_name)
-            context = PublishContext.from_map(self.server.attachment_metadata(name))
-            if context is None or context.claim is None:
+            claim = Claim.parse(self.server.attachment_metadata(name).get("claim", ""))
+            if claim is None:
                 return None
-            place = _Place(claim=context.claim)
+            place = _Place(claim=claim)
         elif place == _Place() and not self._driver_uid:
             self._driver_uid = self.server.driver_uid(self.driver_name)
         return place.regarding(self.driver_name, self._driver_uid)

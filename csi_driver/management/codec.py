@@ -17,6 +17,7 @@ from csi_driver.capacity import GIGABYTE
 from csi_driver.compat.volumes import METADATA_FIELD
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.model import MIB
+from csi_driver.nvme_model import NvmeExport
 from csi_driver.storage_model import LUKS_HEADER_BYTES
 
 Document = Mapping[str, Any]
@@ -39,7 +40,7 @@ VOLUME_FIELDS = (
 )  # fmt: skip
 """All that `decode_volume` reads, without the chunks, which are large."""
 
-CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status")
+CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "connects")
 """Projection of clients, with `block_devices`, and either `attachments` or `attachments.` and the uuid of a volume."""
 
 NVMESH_FEATURES = storage_model.Features(reason="NVMesh's management API has no snapshots that CSI can use")
@@ -145,6 +146,7 @@ def decode_client(row: Document, only: str | None = None) -> storage_model.Clien
             status=_CLIENT_STATUSES.get(row.get("client_status"), storage_model.ClientStatus.UNKNOWN),
             desired={entry.volume_uuid: entry for entry in desired},
             devices={report.volume_uuid: report for report in reports},
+            connects_on_demand=row.get("connects") == "on-demand",
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise invalid_document(row, f"a client document that cannot be read ({error})") from error
@@ -278,7 +280,15 @@ def _report(report: Document) -> storage_model.DeviceReport:
         io_enabled=report.get("ioEnabled") in (1, True),
         mode=_mode(report),
         reference_ids=None if references is None else frozenset(references),
+        export=_export(report["export"]) if "export" in report else None,
     )
+
+
+def _export(document: Document) -> NvmeExport:
+    export = NvmeExport(text_of(document, "nqn"), tuple(document["paths"]), natural_of(document, "blockBytes"))
+    if export.problem:
+        raise ValueError(f"export: {export.problem}")
+    return export
 
 
 def _mode(holder: Document) -> storage_model.ReservationMode:
