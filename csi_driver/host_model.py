@@ -159,6 +159,70 @@ def uuid_of_label(label: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetExport:
+    """A file that the kernel's NVMe target offers as namespace 1 of a subsystem; equal when nothing is to be done.
+
+    `port` is a TCP port of this export alone, at each of `addresses` in order of preference. `hosts`: NQNs of those
+    that may connect. `is_enabled`: the namespace is; `is_linked`: hosts can connect. In another ANA group than 1 its
+    I/O is held.
+    """
+
+    nqn: str
+    uuid: str
+    file: Path
+    port: int
+    addresses: tuple[str, ...]
+    hosts: frozenset[str]
+    is_enabled: bool = True
+    is_linked: bool = True
+    group: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HostKeys:
+    """DH-HMAC-CHAP keys of a host, as `DHHC-1:...`: its own one, and the one by which the target proves itself."""
+
+    host: str = field(repr=False)
+    controller: str = field(default="", repr=False)
+
+
+class SocketState(Enum):
+    """State of a TCP connection; the numbers are the kernel's (include/net/tcp_states.h)."""
+
+    ESTABLISHED = 1
+    SYN_SENT = 2
+    SYN_RECEIVED = 3
+    FIN_WAIT1 = 4
+    FIN_WAIT2 = 5
+    TIME_WAIT = 6
+    CLOSE = 7
+    CLOSE_WAIT = 8
+    LAST_ACK = 9
+    LISTEN = 10
+    CLOSING = 11
+    NEW_SYN_RECEIVED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A TCP connection to a local port. `is_owned`: the target has not given its socket back, so I/O may be running."""
+
+    port: int
+    peer: str
+    state: SocketState
+    is_owned: bool = True
+
+    @property
+    def is_live(self) -> bool:
+        return self.state is SocketState.ESTABLISHED
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether this side has closed it, and the peer has not acknowledged that: it may be dead or cut off."""
+        return self.state in (SocketState.FIN_WAIT1, SocketState.CLOSING, SocketState.LAST_ACK)
+
+
+@dataclass(frozen=True, slots=True)
 class ReadOnlyDevice:
     """A read-only device over another one; `over` is the node that it was made from."""
 

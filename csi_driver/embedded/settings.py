@@ -7,7 +7,7 @@ The adapters of the ports are in csi_driver.host.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from csi_driver.flags import (
     repeatable,
     required,
 )
-from csi_driver.host_model import Extent, LoopDevice
+from csi_driver.host_model import Connection, Extent, HostKeys, LoopDevice, TargetExport
 from csi_driver.settings import DEVICE_DIRECTORY, NODE_NAME, OVERCOMMIT, PREALLOCATE
 
 MIB = 1 << 20
@@ -214,6 +214,37 @@ class LoopDevices(Protocol):
 
     def detach(self, device: LoopDevice) -> bool:
         """Unbind the device; False, with no change, if it is mounted or open."""
+        ...
+
+
+class NvmeTarget(Protocol):
+    """The kernel's NVMe target over TCP. Methods raise HostFailure where the kernel refuses, and are repeatable."""
+
+    def why_not(self) -> str:
+        """Return why this machine cannot export; "" when it can. Loads the modules and mounts configfs."""
+        ...
+
+    def exported(self, pool_uuid: str) -> tuple[TargetExport, ...]:
+        """Return the exports of a pool, also those that a crash left half made or half removed."""
+        ...
+
+    def apply(self, export: TargetExport, keys: Mapping[str, HostKeys] = ...) -> TargetExport:
+        """Make it so, the link last; nothing that matches is touched. `keys` are by the NQN of the host.
+
+        When it returns, only `export.hosts` can do I/O, and no I/O of another host is running.
+        """
+        ...
+
+    def withdraw(self, export: TargetExport) -> None:
+        """Remove it, also what a crash left; when it returns no I/O is running."""
+        ...
+
+    def grow(self, export: TargetExport) -> None:
+        """Set the namespace's size to the present size of its file."""
+        ...
+
+    def connections(self, ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
+        """Return the connections to each of these ports in this network namespace."""
         ...
 
 

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's NVMe target over TCP: exports files by configfs (Documentation/nvme, drivers/nvme/target/configfs.c).
+
+configfs holds all state and is read back. An export has TCP ports of its own: while it is not linked to them, a host
+gets "connection refused", which it retries, while a port that serves other exports would refuse it for ever.
+
+A host is cut off by its connections, because removing it from the allowed hosts stops only new ones. Without a link
+nobody can connect, and the kernel closes all connections; it gives a socket back after the last request of its queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import (
+    CommandFailed,
+    CommandTimedOut,
+    HostFailure,
+    PreconditionFailed,
+    SystemCallFailed,
+    ToolMissing,
+)
+from csi_driver.host import sock_diag, syscalls
+from csi_driver.host.processes import run
+from csi_driver.host.syscalls import closing, read_file, system_call
+from csi_driver.host_model import Connection, HostKeys, TargetExport
+from csi_driver.nvme_model import pool_prefix
+
+_CONFIGFS = Path("/sys/kernel/config")
+_MODULE = Path("/sys/module/nvmet_tcp")
+_MODULE_TIMEOUT_S = 20.0
+_ATTRIBUTE_BYTES = 4096
+_DRAINED_WITHIN_S = 30.0
+MOST_ADDRESSES = 8
+PORT_STRIDE = 8192
+"""The kernel's number of a port is its TCP port plus this for each preceding address: a range of ports is narrower."""
+_PORTS = 1 << 16
+_SERIAL_DIGITS = 20
+_MODEL = "nvmesh-csi"
+_ANY_HOST = "*"
+_PLACE = ("trtype", "adrfam", "traddr", "trsvcid")
+_KEYS = ("dhchap_key", "dhchap_ctrl_key")
+
+
+class Configfs:
+    """Files of the kernel's target below `root`; paths are relative to it. Raises SystemCallFailed."""
+
+    def __init__(self, root: Path = _CONFIGFS / "nvmet") -> None:
+        self.root = root
+
+    def prepare(self) -> None:
+        """Load the modules and mount configfs, where needed."""
+        if not (self.has("subsystems") and _MODULE.is_dir()):
+            _load("nvmet-tcp")
+        if not self.has("subsystems"):
+            syscalls.mount("configfs", self.root.parent, "configfs", 0, "")
+
+    def is_writable(self) -> bool:
+        return os.access(self.root / "hosts", os.W_OK)
+
+    def read(self, path: str) -> str:
+        with system_call(f"read {self.root}/{path}"):
+            return os.fsdecode(read_file(f"{self.root}/{path}", _ATTRIBUTE_BYTES)).strip()
+
+    def write(self, path: str, text: str) -> None:
+        with (
+            system_call(f"write {self.root}/{path}"),
+            closing(os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CLOEXEC)) as fd,
+        ):
+            os.write(fd, os.fsencode(text))
+
+    def protect(self, path: str) -> None:
+        """Make an attribute readable by root only; the kernel makes all of them readable."""
+        with system_call(f"protect {self.root}/{path}"):
+            os.chmod(f"{self.root}/{path}", 0o600)
+
+    def names(self, path: str) -> list[str]:
+        with system_call(f"list {self.root}/{path}"):
+            return sorted(os.listdir(f"{self.root}/{path}"))
+
+    def has(self, path: str) -> bool:
+        return os.path.lexists(f"{self.root}/{path}")
+
+    def make(self, path: str) -> None:
+        with system_call(f"make {self.root}/{path}"):
+            os.mkdir(f"{self.root}/{path}")
+
+    def remove(self, path: str) -> None:
+        with system_call(f"remove {self.root}/{path}"):
+            os.rmdir(f"{self.root}/{path}")
+
+    def link(self, target: str, path: str) -> None:
+        with system_call(f"link {self.root}/{path}"):
+            os.symlink(f"{self.root}/{target}", f"{self.root}/{path}")
+
+    def unlink(self, path: str) -> None:
+        with system_call(f"unlink {self.root}/{path}"):
+            os.unlink(f"{self.root}/{path}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A port of the kernel's target."""
+
+    number: str
+    port: int
+    address: str
+
+    @property
+    def position(self) -> int:
+        """Place of its address among those of the export; of a port that is none of ours a large number."""
+        steps, rest = divmod((int(self.number) - self.port) % _PORTS, PORT_STRIDE)
+        return steps if not rest else _PORTS
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeTarget:
+    """Methods as in `csi_driver.embedded.settings.NvmeTarget`."""
+
+    files: Configfs = field(default_factory=Configfs)
+    sockets: Callable[[Collection[int]], Mapping[int, tuple[Connection, ...]]] = sock_diag.connections
+    _hosts: threading.Lock = field(default_factory=threading.Lock, init=False)
+    """Hosts serve several exports."""
+
+    def why_not(self) -> str:
+        try:
+            self.files.prepare()
+            if not self.files.is_writable():
+                return f"{self.files.root} cannot be written: run as root, in a container as privileged"
+            try:
+                self.sockets((1,))
+            except SystemCallFailed:
+                _load("tcp_diag")
+                self.sockets((1,))
+        except HostFailure as problem:
+            return f"the kernel's NVMe target cannot be used: {problem}; load it on the host: modprobe nvmet-tcp"
+        return ""
+
+    def exported(self, pool_uuid: str) -> tuple[TargetExport, ...]:
+        prefix = pool_prefix(pool_uuid)
+        links = self._links()
+        found = (self._read(name, links) for name in self.files.names("subsystems") if name.startswith(prefix))
+        return tuple(export for export in found if export is not None)
+
+    def connections(self, ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
+        return self.sockets(ports)
+
+    def grow(self, export: TargetExport) -> None:
+        self.files.write(f"{_namespace(export.nqn)}/revalidate_size", "1")
+
+    def apply(self, export: TargetExport, keys: Mapping[str, HostKeys] = {}) -> TargetExport:
+        found = self._read(export.nqn)
+        if found == export and not any(self._lacks_keys(host, keys.get(host)) for host in export.hosts):
+            return found
+        self._refuse_other_content(found, export)
+        if found is None or not self._is_kept(found, export):
+            self._cut(export, found)
+        self._make_namespace(export)
+        for host in sorted(export.hosts):
+            self._allow(export.nqn, host, keys.get(host))
+        if export.is_linked and export.hosts:
+            for position, address in enumerate(export.addresses):
+                self._open_port(export, position, address)
+        made = self._read(export.nqn)
+        if made is None:
+            raise HostFailure(f"export {export.nqn} was removed meanwhile by another program; retry")
+        return made
+
+    def withdraw(self, export: TargetExport) -> None:
+        nqn, files = export.nqn, self.files
+        closed = [place.number for place in self._close_ports(nqn)]
+        for number in {*closed, *(_port_number(export.port, at) for at in range(MOST_ADDRESSES))}:
+            self._remove_port(number)
+        if not files.has(_subsystem(nqn)):
+            return
+        for host in files.names(f"{_subsystem(nqn)}/allowed_hosts"):
+            self._forbid(nqn, host)
+        if files.has(_namespace(nqn)):
+            self._disable(nqn)
+            files.remove(_namespace(nqn))
+        files.remove(_subsystem(nqn))
+
+    def _read(self, nqn: str, links: Mapping[str, list[str]] | None = None) -> TargetExport | None:
+        """Return an export as it is, half made or half removed too; None when there is no trace of it."""
+        files = self.files
+        if not files.has(_subsystem(nqn)):
+            return None
+        own = links.get(nqn, []) if links is not None else self._links_of(nqn)
+        places = sorted((self._place(number) for number in own), key=lambda place: place.position)
+        hosts = frozenset(files.names(f"{_subsystem(nqn)}/allowed_hosts"))
+        if files.read(f"{_subsystem(nqn)}/attr_allow_any_host") == "1":
+            hosts |= {_ANY_HOST}
+        namespace, is_there = _namespace(nqn), files.has(_namespace(nqn))
+        return TargetExport(
+            nqn=nqn,
+            uuid=files.read(f"{namespace}/device_uuid") if is_there else "",
+            file=Path(files.read(f"{namespace}/device_path")) if is_there else Path(),
+            port=places[0].port if places else 0,
+            addresses=tuple(place.address for place in places),
+            hosts=hosts,
+            is_enabled=is_there and files.read(f"{namespace}/enable") == "1",
+            is_linked=bool(places),
+            group=int(files.read(f"{namespace}/ana_grpid")) if is_there else 1,
+        )
+
+    def _links_of(self, nqn: str) -> list[str]:
+        return [number for number in self.files.names("ports") if self.files.has(f"{_port(number)}/subsystems/{nqn}")]
+
+    def _links(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for number in self.files.names("ports"):
+            for nqn in self.files.names(f"{_port(number)}/subsystems"):
+                found.setdefault(nqn, []).append(number)
+        return found
+
+    def _place(self, number: str) -> _Place:
+        port = self.files.read(f"{_port(number)}/addr_trsvcid")
+        return _Place(number, int(port or 0), self.files.read(f"{_port(number)}/addr_traddr"))
+
+    @staticmethod
+    def _refuse_other_content(found: TargetExport | None, export: TargetExport) -> None:
+        """Never put another file under a device that hosts may have open."""
+        if found is not None and found.is_enabled and (found.file, found.uuid) != (export.file, export.uuid):
+            raise PreconditionFailed(
+                f"{export.nqn}: expected an export of {export.file} as {export.uuid}, got {found.file} as {found.uuid};"
+                " withdraw it first"
+            )
+
+    def _is_kept(self, found: TargetExport, export: TargetExport) -> bool:
+        """Return whether no connection must be closed: it is linked as wanted, and to nobody else."""
+        return (
+            found.is_linked
+            and export.is_linked
+            and found.is_enabled
+            and found.hosts <= export.hosts
+            and bool(export.hosts)
+            and {(place.number, place.port, place.address) for place in map(self._place, self._links_of(export.nqn))}
+            <= {(_port_number(export.port, at), export.port, each) for at, each in enumerate(export.addresses)}
+        )
+
+    def _cut(self, export: TargetExport, found: TargetExport | None) -> None:
+        """Close all connections and wait until no I/O runs; then nobody can connect."""
+        ports = {export.port, *(place.port for place in self._close_ports(export.nqn))}
+        if found is not None:
+            for host in found.hosts - export.hosts - {_ANY_HOST}:
+                self._forbid(export.nqn, host)
+            if not found.hosts & export.hosts:
+                self._disable(export.nqn)  # it waits for running I/O by itself; a host that stays would lose its device
+        running: list[str] = []
+
+        def is_drained() -> bool:
+            running[:] = [each.peer for found in self.sockets(ports).values() for each in found if each.is_owned]
+            return not running
+
+        if not Deadline.after(_DRAINED_WITHIN_S).wait_until(is_drained):
+            raise HostFailure(
+                f"export {export.nqn}: I/O of {', '.join(running)} has not ended within {_DRAINED_WITHIN_S:g} s; check"
+                f" the drive below {export.file}; retried"
+            )
+
+    def _close_ports(self, nqn: str) -> list[_Place]:
+        places = [self._place(number) for number in self._links_of(nqn)]
+        for place in places:
+            self.files.unlink(f"{_port(place.number)}/subsystems/{nqn}")
+        return places
+
+    def _remove_port(self, number: str) -> None:
+        """Remove a port of an export, unless it serves another one by now."""
+        if self.files.has(_port(number)) and not self.files.names(f"{_port(number)}/subsystems"):
+            place = self._place(number)
+            if not place.port or place.position < MOST_ADDRESSES:
+                self.files.remove(_port(number))
+
+    def _forbid(self, nqn: str, host: str) -> None:
+        with self._hosts:
+            self.files.unlink(f"{_subsystem(nqn)}/allowed_hosts/{host}")
+            with contextlib.suppress(SystemCallFailed):  # another export has it
+                self.files.remove(f"hosts/{host}")
+
+    def _disable(self, nqn: str) -> None:
+        if self.files.has(_namespace(nqn)):
+            self._set(f"{_namespace(nqn)}/enable", "0")
+
+    def _set(self, path: str, text: str) -> None:
+        if self.files.read(path) != text:
+            self.files.write(path, text)
+
+    def _make(self, path: str) -> None:
+        if not self.files.has(path):
+            self.files.make(path)
+
+    def _make_namespace(self, export: TargetExport) -> None:
+        subsystem, namespace = _subsystem(export.nqn), _namespace(export.nqn)
+        self._make(subsystem)
+        self._set(f"{subsystem}/attr_allow_any_host", "0")
+        self._make(namespace)
+        if self.files.read(f"{namespace}/enable") != "1":
+            # The kernel refuses changes of serial number and model after the first connection.
+            self._set(f"{subsystem}/attr_serial", export.uuid.replace("-", "")[:_SERIAL_DIGITS])
+            self._set(f"{subsystem}/attr_model", _MODEL)
+            self._set(f"{namespace}/device_path", str(export.file))
+            self._set(f"{namespace}/device_uuid", export.uuid)
+            self._set(f"{namespace}/device_nguid", export.uuid)
+        self._set(f"{namespace}/ana_grpid", str(export.group))
+        self._set(f"{namespace}/enable", "1")
+
+    def _allow(self, nqn: str, host: str, keys: HostKeys | None) -> None:
+        with self._hosts:
+            self._make(f"hosts/{host}")
+            if keys is not None and self._lacks_keys(host, keys):
+                self._put_keys(host, keys)
+            if not self.files.has(f"{_subsystem(nqn)}/allowed_hosts/{host}"):
+                self.files.link(f"hosts/{host}", f"{_subsystem(nqn)}/allowed_hosts/{host}")
+
+    def _lacks_keys(self, host: str, keys: HostKeys | None) -> bool:
+        if keys is None:
+            return False  # the kernel cannot forget a key, and a node that has one goes on to use it
+        known = (f"hosts/{host}/{name}" for name in _KEYS)
+        return [self.files.read(path) if self.files.has(path) else "" for path in known] != [keys.host, keys.controller]
+
+    def _put_keys(self, host: str, keys: HostKeys) -> None:
+        for name, key in zip(_KEYS, (keys.host, keys.controller), strict=True):
+            path = f"hosts/{host}/{name}"
+            if not self.files.has(path):
+                raise HostFailure("the kernel's NVMe target has no authentication: use Linux 6.12, or --auth=off")
+            self.files.protect(path)
+            if key:
+                self._set(path, key)
+
+    def _open_port(self, export: TargetExport, position: int, address: str) -> None:
+        number = _port_number(export.port, position)
+        link = f"{_port(number)}/subsystems/{export.nqn}"
+        if self.files.has(link):
+            return
+        self._make(_port(number))
+        if others := self.files.names(f"{_port(number)}/subsystems"):
+            raise HostFailure(f"port {export.port} at {address} is that of the export {others[0]}; use another range")
+        family = f"ipv{ipaddress.ip_address(address).version}"
+        for name, value in zip(_PLACE, ("tcp", family, address, str(export.port)), strict=True):
+            self._set(f"{_port(number)}/addr_{name}", value)
+        self.files.link(_subsystem(export.nqn), link)
+
+
+def _subsystem(nqn: str) -> str:
+    return f"subsystems/{nqn}"
+
+
+def _namespace(nqn: str) -> str:
+    return f"subsystems/{nqn}/namespaces/1"
+
+
+def _port(number: str) -> str:
+    return f"ports/{number}"
+
+
+def _port_number(port: int, position: int) -> str:
+    return str((port + position * PORT_STRIDE) % _PORTS)
+
+
+def _load(module: str) -> None:
+    """Load a module; one that is built in cannot be, and that is no failure."""
+    with contextlib.suppress(ToolMissing, CommandFailed, CommandTimedOut):
+        run(("modprobe", module), timeout_s=_MODULE_TIMEOUT_S)
