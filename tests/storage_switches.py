@@ -88,7 +88,7 @@ class Switches:
 def retry_client(server: StorageServer, client: str) -> None:
     """Settle everything of a client now, as retries do later."""
     pairs = {(client, wanted.uuid) for wanted in server.store.all(ATTACHMENTS, client)}
-    server.attacher.settle_all(pairs | {pair for pair in list(server.attacher.devices) if pair[0] == client})
+    server.attacher.settle_all(pairs | {pair for pair in server.local.pairs() if pair[0] == client})
     for _, identity in pairs:
         server.attacher.grow(identity)
 
@@ -132,10 +132,10 @@ def add_points(server: StorageServer, at_point: Callable[[str], None]) -> None:
     server.pool.complete_reflink = after("pool.complete_reflink", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.remove_snapshot = after("pool.remove_snapshot", server.pool)  # type: ignore[method-assign, assignment]
     server.pool.remove_private = after("pool.remove_private", server.pool)  # type: ignore[method-assign, assignment]
-    attacher = server.attacher
-    attacher.loops = port("loops", attacher.loops, "attach", "detach", "fence", "grow")
-    for client, files in attacher.files.items():
-        attacher.files[client] = port("files", files, "show", "hide")
+    local = server.local
+    local.loops = port("loops", local.loops, "attach", "detach", "fence", "grow")
+    for client, files in local.files.items():
+        local.files[client] = port("files", files, "show", "hide")
     if server.encryptions.headers is not None:
         server.encryptions.headers = port("headers", server.encryptions.headers, "format")
 

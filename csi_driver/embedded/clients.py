@@ -7,7 +7,7 @@ Methods that change a desired attachment return the pairs that the attacher must
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from csi_driver.embedded.documents import CLIENT_NOT_FOUND, VOLUME_NOT_FOUND, ApiError, detail
@@ -46,8 +46,8 @@ class Clients:
     """Returns why the file of a volume, by name, cannot be used; "" = it can."""
     secure_file: Callable[[str, str], bool] = lambda name, identity: False
     """Syncs a volume's file, by name and uuid, before its first attachment; True when the row may say `made`."""
-    devices: Collection[Pair] = ()
-    """Pairs with a bound device; set by the attacher."""
+    holds: Callable[[str, str], bool] = lambda client, identity: False
+    """Return whether a client, by name, has a volume, by uuid; set by the attacher."""
 
     def install(self) -> None:
         """Create the missing records of the configured clients. A client's uuid never changes."""
@@ -132,7 +132,7 @@ class Clients:
         is_reported = report is not None and report.status != DETACHED
         if left:
             change.put(ATTACHMENTS, identity, replace(attachment, references=left), client)
-        elif is_reported or client not in self.names or (client, identity) in self.devices:
+        elif is_reported or client not in self.names or self.holds(client, identity):
             # A crash can lose the report of a device.
             _put_detaching(change, replace(attachment, references=()), force=item.force)
         else:

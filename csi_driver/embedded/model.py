@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -215,6 +216,11 @@ class SnapshotGroup:
 class Client:
     name: str
     uuid: str
+
+
+def client_hash(name: str) -> str:
+    """Return what stands for a client's name where the name would be too long."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.group_snapshots import GroupSnapshots
 from csi_driver.embedded.http import UNEXPECTED, Api
 from csi_driver.embedded.layouts import BLOCK_SIZE
+from csi_driver.embedded.local_engine import LocalEngine
 from csi_driver.embedded.model import ATTACHMENTS, FACTS, SNAPSHOTS, VOLUMES, Fact, Volume
 from csi_driver.embedded.pool import Pool, VolumeLocks
 from csi_driver.embedded.sessions import Password, Sessions
@@ -114,7 +115,8 @@ class StorageServer:
         self.groups = GroupSnapshots(settings.freeze_limit_s, self._freezes, store, pool, locks, self.snapshots, worker)
         names = tuple(client.name for client in settings.clients)
         self.clients = Clients(store, names, volumes.check_file, volumes.secure_file)
-        self.attacher = Attacher(settings.clients, store, pool, volumes, self.clients, loops, locks, worker)
+        self.local = LocalEngine(settings.clients, store, pool, loops, worker)
+        self.attacher = Attacher(store, pool, volumes, self.clients, (self.local,), locks, worker)
         self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.reclaims = SpaceReclaims(settings, store, pool, locks, volumes, self._sparse_files)

@@ -191,15 +191,15 @@ class EmbeddedStatus:
     def _attachments_of(self, volume: Volume) -> Iterable[shown.Attachment]:
         for client in self.store.all(CLIENTS):
             wanted = self.store.get(ATTACHMENTS, volume.uuid, client.name)
-            if wanted is not None or (client.name, volume.uuid) in self.attacher.devices:
+            if wanted is not None or self.attacher.hold(client.name, volume.uuid) is not None:
                 yield self._attachment(volume.name, volume.uuid, client.name, wanted)
 
     def _attachment(self, name: str, uuid: str, client: str, wanted: Attachment | None) -> shown.Attachment:
-        report, device = self.store.get(REPORTS, uuid, client), self.attacher.devices.get((client, uuid))
+        report, hold = self.store.get(REPORTS, uuid, client), self.attacher.hold(client, uuid)
         problem = "this manager no longer serves the node" if self.attacher.is_down(client) else ""
-        if device is not None and device.fenced:
+        if hold is not None and hold.is_cut:
             problem = problem or "the device is cut off from its file: another node has taken the volume over"
-        has_io = report is not None and bool(report.io_enabled) and (device is None or not device.fenced)
+        has_io = report is not None and bool(report.io_enabled) and (hold is None or not hold.is_cut)
         return shown.Attachment(
             volume=name,
             node=client,
@@ -207,8 +207,8 @@ class EmbeddedStatus:
             state=_state_of(wanted, report),
             io="unknown" if report is None else "enabled" if has_io else "disabled",
             problem=problem,
-            device="" if device is None else f"loop{device.number} at {device.node}",
-            file="" if device is None else str(device.file),
+            device="" if hold is None else hold.place,
+            file="" if hold is None else str(hold.file),
         )
 
 

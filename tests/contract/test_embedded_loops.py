@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from csi_driver.deadline import Deadline
-from csi_driver.embedded.attacher import label_of
+from csi_driver.embedded.local_engine import label_of
 from csi_driver.embedded.model import FACTS, Fact
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Store

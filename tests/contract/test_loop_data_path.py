@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.attacher import label_of
+from csi_driver.embedded.local_engine import label_of
 from csi_driver.errors import HostFailure
 from csi_driver.host import ioctls
 from csi_driver.host.connectors import loop

@@ -201,8 +201,8 @@ def test_a_volume_whose_device_uses_another_file_is_refused(manager: Manager, *,
     file = manager.server.pool.file(manager.uuid("data"))
     size_bytes = file.stat().st_size
     if is_other_container:  # the kernel shows the path in the container that bound the device
-        for pair, device in manager.server.attacher.devices.items():
-            manager.server.attacher.devices[pair] = replace(device, file=Path("/pool") / file.name)
+        for pair, device in manager.server.local.devices.items():
+            manager.server.local.devices[pair] = replace(device, file=Path("/pool") / file.name)
     file.rename(file.with_suffix(".elsewhere"))
     manager.server.pool.make(manager.uuid("data"), size_bytes)
     assert error(manager.cut("snap-1", "data")) == 91009

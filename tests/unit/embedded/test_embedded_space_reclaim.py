@@ -101,7 +101,7 @@ def test_an_attachment_waits_for_the_step_and_ends_the_rest(manager: Manager, fi
     manager.attach("v1")
     manager.detach("v1")  # the first attachment waits before it is recorded
     files.following = [256 << 20]
-    attacher, pair = manager.server.attacher, ("node-1", manager.uuid("v1"))
+    local, pair = manager.server.local, ("node-1", manager.uuid("v1"))
     attaching = threading.Thread(target=manager.attach, args=("v1",))
     had_device: list[bool] = []
 
@@ -109,13 +109,13 @@ def test_an_attachment_waits_for_the_step_and_ends_the_rest(manager: Manager, fi
         attaching.start()
         # Its record is made, its device is not.
         assert Deadline.after(30).wait_until(lambda: manager.attachment("v1") is not None)
-        had_device.append(pair in attacher.devices)
+        had_device.append(pair in local.devices)
 
     files.during = attach_meanwhile
     assert manager.reclaim("v1")["payload"]["reclaimed"]["next"] == 256 << 20
     attaching.join()
     assert had_device == [False]
-    assert pair in attacher.devices
+    assert pair in local.devices
     assert error(manager.reclaim("v1", 256 << 20)) == 91013
     assert len(files.steps) == 1
 
