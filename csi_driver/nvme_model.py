@@ -29,6 +29,20 @@ class NvmeExport:
     block_bytes: int = 4096
 
     @property
+    def pool(self) -> str:
+        """The uuid of the pool; empty when another program exports it."""
+        return self._part(0)
+
+    @property
+    def volume(self) -> str:
+        """The uuid of the volume; empty when another program exports it."""
+        return self._part(1)
+
+    def _part(self, number: int) -> str:
+        parts = self.nqn.removeprefix(_SUBSYSTEM_PREFIX + ":").split(":")
+        return parts[number] if len(parts) == 3 and self.nqn.startswith(_SUBSYSTEM_PREFIX + ":") else ""
+
+    @property
     def problem(self) -> str:
         """What is wrong with the values, "" if nothing. They become options of one line that the kernel parses."""
         if not is_nqn(self.nqn):

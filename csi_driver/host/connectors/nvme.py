@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes that this node connects by NVMe over TCP: connect, prove, disconnect; evidence from sysfs.
+
+The kernel holds the state. A record in the registry, one file for each volume, says what was asked for: it is written
+before the first connect and removed after the subsystem has left sysfs, so that it covers every connection. An
+attachment has a subsystem of its own, whose name no other attachment gets: a subsystem of another name is ended before
+the volume is connected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
+from csi_driver.errors import (
+    DeadlineReached,
+    DriverError,
+    HostFailure,
+    PreconditionFailed,
+    StorageUnavailable,
+    SystemCallFailed,
+    same_again,
+)
+from csi_driver.host import block_devices
+from csi_driver.host.connectors.nvme_records import Connection, Records
+from csi_driver.host.nvme_host import ENDING, HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
+from csi_driver.host_model import ConnectOptions, DeviceNumber, VolumeStatus
+from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, split_path
+from csi_driver.thread_pool import Job, Pool
+
+NAMESPACE = 1
+PROBE_S = 1.0
+"""So long a path may take to accept a TCP connection."""
+DELAYED_REMOVAL, DELAYED_REMOVAL_S = "delayed_removal_secs", 60
+"""So long a namespace outlives its last path (Linux 6.16): I/O waits until the keeper has connected another. No later
+write shortens a wait that has begun, and a volume that was taken over cannot be disconnected before its end."""
+IO_TIMEOUT_S, MOST_IO_QUEUES = 600, 4
+_QUEUE_SIZE, _KEEP_ALIVE_S, _RECONNECT_DELAY_S = 128, 5, 2
+_GONE_FIRST_S = 0.005
+_DELETES_AT_ONCE = 8
+_ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)
+_KEY_FAILURES = (errno.ENOKEY, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EKEYREVOKED)
+
+
+class Refused(PreconditionFailed):
+    """The target does not let this node in: its attachment has ended, or another node has taken the volume over."""
+
+
+class NvmeVolumes:
+    """The volumes that this node has connected by NVMe/TCP.
+
+    Calls of the kernel that may hang run in threads of their own: a caller waits until its deadline, and a repeated
+    call finds the running one. The kernel does one connect at a time, so one thread connects.
+    """
+
+    def __init__(
+        self,
+        node_id: Callable[[], str],
+        device_root: Path = Path("/dev/nvmesh"),
+        registry: Path = Path("/run/nvmesh-csi/nvme"),
+        *,
+        keys: Callable[[], tuple[str, str]] = lambda: ("", ""),
+        fabrics: Fabrics | None = None,
+        sysfs: Sysfs | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self.node_id = node_id
+        self._device_root = device_root
+        self.records = Records(registry)
+        self._keys = keys
+        self.fabrics = fabrics or Fabrics()
+        self.sysfs = sysfs or Sysfs()
+        self.clock = clock
+        self._hints: dict[str, str] = {}
+        self._options: frozenset[str] | None = None
+        self._lock = threading.Lock()
+        self._jobs: dict[object, Job[None]] = {}
+        self._connecting = Pool("nvme-connect", 1)
+        self._deleting = Pool("nvme-disconnect", _DELETES_AT_ONCE)
+
+    def why_not(self) -> str:
+        """Return why this machine cannot connect NVMe/TCP volumes, and what to do; empty when it can."""
+        if not os.access(self.fabrics.device, os.R_OK | os.W_OK):
+            return f"{self.fabrics.device} is missing or not writable; run `modprobe nvme-tcp` on the node"
+        if block_devices.read_text(self.sysfs.multipath) != "Y":
+            return (
+                "the kernel's NVMe multipath is off, so that a volume fails with its first path; boot the node with "
+                "nvme_core.multipath=Y"
+            )
+        return ""
+
+    # --- connect ---------------------------------------------------------------------------------------------------
+
+    def connect(
+        self,
+        name: str,
+        uuid: str,
+        export: NvmeExport,
+        size_bytes: int,
+        holder: str,
+        options: ConnectOptions | None = None,
+        *,
+        deadline: Deadline,
+    ) -> None:
+        """Connect a volume, prove its namespace, and make its device node; may be repeated.
+
+        One live path is enough; the path keeper connects the others. `size_bytes`: the volume had it when it was
+        published, 0 = unknown. Raises `PreconditionFailed` for another namespace and a refusal, `DeadlineReached`.
+        """
+        if problem := export.problem:
+            raise PreconditionFailed(f"NVMe export of volume {name}: {problem}")
+        wanted = Connection(name, uuid.lower(), export, size_bytes, options or ConnectOptions(), frozenset((holder,)))
+        before = self.records.get(name)
+        if before is not None and (before.export.nqn != export.nqn or before.is_ending or before.is_refused):
+            self._end(before, deadline)
+        elif before is not None:
+            wanted = replace(wanted, holders=before.holders | wanted.holders)
+        self.records.put(wanted)
+        self._connect_paths(wanted, deadline)
+        if not deadline.wait_until(lambda: self.place_node(wanted), first_s=_GONE_FIRST_S):
+            raise DeadlineReached(f"the device of volume {name}: {self._details(wanted)}")
+
+    def _connect_paths(self, wanted: Connection, deadline: Deadline) -> None:
+        missing = self.missing_paths(wanted)
+        if not missing:
+            return
+        answered = self.fabrics.probe(missing, min(PROBE_S, deadline.remaining_s()))
+        failures: list[DriverError] = []
+        for path in filter(answered.__contains__, missing):
+            try:
+                self._wait(self.start_connect(wanted, path), f"volume {wanted.name} to connect at {path}", deadline)
+            except Refused:
+                self.mark_refused(wanted)
+                raise
+            except DriverError as failure:
+                failures.append(failure)
+        if len(failures) == len(missing) or (not answered and not self._paths_of(wanted)):
+            raise (
+                failures[0]
+                if failures
+                else StorageUnavailable(
+                    f"no path of volume {wanted.name} accepts a connection within {PROBE_S:.0f} s: "
+                    f"{', '.join(wanted.export.paths)}; check the storage machine and its network, a retry continues"
+                )
+            )
+
+    def missing_paths(self, wanted: Connection) -> tuple[str, ...]:
+        """Return the paths without a controller, in order of preference."""
+        present = self._paths_of(wanted)
+        return tuple(path for path in wanted.export.paths if path not in present)
+
+    def _paths_of(self, wanted: Connection) -> set[str]:
+        subsystem = self.subsystem(wanted.export.nqn)
+        controllers = subsystem.controllers if subsystem is not None else ()
+        return {each.path for each in controllers if each.state not in ENDING}
+
+    def start_connect(self, wanted: Connection, path: str) -> Job[None]:
+        """Start to connect one path, unless that runs already."""
+        return self._start(self._connecting, ("connect", wanted.export.nqn, path), lambda: self._connect(wanted, path))
+
+    def _connect(self, wanted: Connection, path: str) -> None:
+        record = self.records.get(wanted.name)
+        if record is None or record.export.nqn != wanted.export.nqn or record.is_ending or record.is_refused:
+            return  # given up since
+        if path in self._paths_of(wanted):
+            return
+        about = f"volume {wanted.name} at {path}"
+        try:
+            self.fabrics.connect(about, self._connect_options(wanted, path))
+        except SystemCallFailed as failure:
+            if failure.errno in _ALREADY_CONNECTED:
+                return
+            if failure.errno in _KEY_FAILURES:
+                raise PreconditionFailed(
+                    f"connect {about}: the target does not accept the key of this node, or has not proven its own "
+                    f"({os.strerror(failure.errno)}); register the node again"
+                ) from failure
+            if self.is_refused(wanted, path):
+                raise Refused(
+                    f"connect {about}: the storage machine refuses this node: the attachment has ended, or another "
+                    "node has taken the volume over; detach the volume and attach it again"
+                ) from failure
+            raise StorageUnavailable(f"{failure}; a retry continues") from failure
+
+    def is_refused(self, wanted: Connection, path: str) -> bool:
+        """Ask the target whether it refuses this node: the kernel tells every refusal as an I/O error."""
+        node_id = self.node_id()
+        status = self.fabrics.ask(path, wanted.export.nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
+        return status == HOST_REFUSED
+
+    def _connect_options(self, wanted: Connection, path: str) -> dict[str, str]:
+        if self._options is None:
+            self._options = self.fabrics.options()
+        node_id, (address, port) = self.node_id(), split_path(path)
+        asked = wanted.options
+        secret, target_secret = self._keys()
+        options = {
+            "transport": "tcp",
+            "traddr": address,
+            "trsvcid": str(port),
+            "nqn": wanted.export.nqn,
+            "hostnqn": host_nqn(node_id),
+            "hostid": host_uuid(node_id),
+            "nr_io_queues": str(asked.io_queues or min(MOST_IO_QUEUES, os.cpu_count() or 1)),
+            "queue_size": str(_QUEUE_SIZE),
+            "keep_alive_tmo": str(_KEEP_ALIVE_S),
+            "reconnect_delay": str(_RECONNECT_DELAY_S),
+            "ctrl_loss_tmo": str(asked.io_timeout_s or IO_TIMEOUT_S),
+        }
+        known = {key: text for key, text in options.items() if key in self._options}
+        if secret:
+            known["dhchap_secret"] = secret  # a kernel that cannot authenticate must refuse, never connect without
+        if target_secret:
+            known["dhchap_ctrl_secret"] = target_secret
+        return known
+
+    # --- device ----------------------------------------------------------------------------------------------------
+
+    def subsystem(self, nqn: str) -> Subsystem | None:
+        found = self.sysfs.find(nqn, self._hints.get(nqn, ""))
+        if found is None:
+            self._hints.pop(nqn, None)
+        else:
+            self._hints[nqn] = found.name
+        return found
+
+    def place_node(self, record: Connection) -> bool:
+        """Make the device node of a proven namespace; False while there is none.
+
+        Raises `PreconditionFailed` when the subsystem has another namespace than the volume's.
+        """
+        subsystem = self.subsystem(record.export.nqn)
+        if subsystem is None or not subsystem.heads:
+            return False
+        head = _proven(record, subsystem)
+        wait_s = self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL)
+        if wait_s and wait_s != str(DELAYED_REMOVAL_S) and not record.is_refused:
+            tune = partial(self.sysfs.tune_head, subsystem.name, head.name, DELAYED_REMOVAL, str(DELAYED_REMOVAL_S))
+            self._start(self._deleting, ("tune", head.name), tune)
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(self._device_root, 0o755)
+        block_devices.ensure_node(self._device_root / record.name, head.number)
+        return True
+
+    def volume(self, name: str) -> VolumeStatus | None:
+        """Return the status of a connected volume, from sysfs; None when this node did not connect it."""
+        record = self.records.get(name)
+        if record is None:
+            return None
+        subsystem = self.subsystem(record.export.nqn)
+        head = next(iter(subsystem.heads), None) if subsystem is not None else None
+        usable = subsystem is not None and head is not None and any(each.is_usable for each in subsystem.controllers)
+        is_enabled = usable and not record.is_refused
+        return VolumeStatus(
+            name=name,
+            uuid=head.uuid if head is not None else record.uuid,
+            size_bytes=head.size_bytes if head is not None else None,
+            io_enabled=is_enabled,
+            refuses_writes=False,
+            preempted=record.is_refused,
+            details="" if is_enabled else self._details(record),
+            holders=tuple(sorted(record.holders)),
+        )
+
+    def _details(self, record: Connection) -> str:
+        if record.is_refused:
+            return "the storage machine refuses this node"
+        subsystem = self.subsystem(record.export.nqn)
+        if subsystem is None:
+            return f"no path is connected, of {', '.join(record.export.paths)}"
+        paths = (f"{each.path} is {' '.join((each.state, *each.ana_states))}" for each in subsystem.controllers)
+        return ", ".join(paths) or "all paths are lost"
+
+    def evidence_of(self, number: DeviceNumber) -> str | None:
+        """Return the volume uuid of a namespace that this node can have connected; None for any other device.
+
+        For the number of an open device: the kernel gives it to no other device before that is closed.
+        """
+        found = self.sysfs.by_number(number)
+        if found is None:
+            return None
+        nqn, head = found
+        return head.uuid if head.namespace == NAMESPACE and NvmeExport(nqn, ()).volume == head.uuid else None
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.records.all())
+
+    # --- disconnect ------------------------------------------------------------------------------------------------
+
+    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
+        """End the connection of a volume when this was its last holder; may be repeated.
+
+        The device must be closed. Returns when the subsystem has left sysfs; else raises a `StorageUnavailable`.
+        """
+        record = self.records.get(name)
+        if record is None:
+            return
+        left = record.holders - {holder}
+        if left and not record.is_ending:
+            self.records.change(record, lambda now: replace(now, holders=left))
+            return
+        self._end(record, deadline)
+
+    def _end(self, record: Connection, deadline: Deadline) -> None:
+        ending = self.records.change(record, lambda now: replace(now, is_ending=True)) or record
+        for path in ending.export.paths:
+            self._finish_connect(ending, path, deadline)
+        self.end_subsystem(ending.export.nqn, deadline)
+        node = self._device_root / record.name
+        if block_devices.node_number(node) is not None:
+            node.unlink(missing_ok=True)
+        self.records.remove(record.name)
+
+    def _finish_connect(self, record: Connection, path: str, deadline: Deadline) -> None:
+        """Wait for a connect that runs: its controller would come after the others have gone."""
+        with self._lock:
+            job = self._jobs.get(("connect", record.export.nqn, path))
+        if job is not None and not job.cancel():
+            with contextlib.suppress(PreconditionFailed, HostFailure, StorageUnavailable):
+                self._wait(job, "", deadline)
+            if not job.done():
+                raise DeadlineReached(f"volume {record.name} to connect at {path} before it is disconnected")
+
+    def end_subsystem(self, nqn: str, deadline: Deadline) -> None:
+        """End all connections of this node to a subsystem, and wait until it has left sysfs. Its device is closed."""
+        for job in self.start_deletes(nqn):
+            self._wait(job, f"the paths of the NVMe subsystem {nqn} to close", deadline)
+        if not deadline.wait_until(lambda: self.subsystem(nqn) is None, first_s=_GONE_FIRST_S):
+            raise DeadlineReached(f"the NVMe subsystem {nqn} to leave the kernel")
+
+    def start_deletes(self, nqn: str, keep: Collection[str] = ()) -> list[Job[None]]:
+        """Start to end all paths but those to `keep`; with none to keep, I/O that waits for a path fails."""
+        subsystem, own = self.subsystem(nqn), host_nqn(self.node_id())
+        if subsystem is None:
+            return []
+        controllers = [each for each in subsystem.controllers if each.host_nqn == own and each.path not in keep]
+        jobs = [self._start_delete(nqn, each.name, fail_waiting=not keep) for each in controllers]
+        if not jobs and not keep:
+            jobs = [self._start(self._deleting, ("fail", nqn), partial(self._fail_waiting, nqn))]
+        return jobs
+
+    def _start_delete(self, nqn: str, controller: str, *, fail_waiting: bool) -> Job[None]:
+        work = partial(self._delete, nqn, controller, fail_waiting=fail_waiting)
+        return self._start(self._deleting, ("delete", nqn, controller), work)
+
+    def _delete(self, nqn: str, controller: str, *, fail_waiting: bool) -> None:
+        if fail_waiting:
+            self._fail_waiting(nqn)
+        if self.sysfs.nqn(controller) == nqn:  # else it has gone since, and another one has its name
+            self.sysfs.delete(controller)
+
+    def _fail_waiting(self, nqn: str) -> None:
+        subsystem = self.subsystem(nqn)
+        if subsystem is not None:
+            for head in subsystem.heads:
+                if self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL) not in ("", "0"):
+                    self.sysfs.tune_head(subsystem.name, head.name, DELAYED_REMOVAL, "0")
+
+    def mark_refused(self, record: Connection) -> None:
+        """Note that the target does not let this node in, unless a path is live, and fail what waits for a path."""
+        subsystem = self.subsystem(record.export.nqn)
+        if subsystem is None or not any(each.state == LIVE for each in subsystem.controllers):
+            self.records.change(record, lambda now: replace(now, is_refused=True))
+            self.start_deletes(record.export.nqn)
+
+    # --- calls of the kernel ---------------------------------------------------------------------------------------
+
+    def _start(self, pool: Pool, key: object, work: Callable[[], None]) -> Job[None]:
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is None or job.done():
+                job = self._jobs[key] = pool.submit(work)
+                job.add_done_callback(partial(self._forget, key))
+            return job
+
+    def _forget(self, key: object, job: Future[None]) -> None:
+        with self._lock:
+            if self._jobs.get(key) is job:
+                del self._jobs[key]
+
+    def _wait(self, job: Job[None], awaited: str, deadline: Deadline) -> None:
+        try:
+            failure = job.exception(deadline.remaining_s())
+        except TimeoutError:
+            raise DeadlineReached(awaited) from None
+        except CancelledError:
+            return
+        if isinstance(failure, DriverError):
+            raise same_again(failure) from failure
+        job.result()
+
+
+def _proven(record: Connection, subsystem: Subsystem) -> Head:
+    """Return the one namespace of the subsystem if it is the volume's."""
+    expected = {"uuid": record.uuid, "namespace": NAMESPACE, "block size": record.export.block_bytes}
+    for head in subsystem.heads:
+        found = {"uuid": head.uuid, "namespace": head.namespace, "block size": head.block_bytes}
+        for what, value in found.items():
+            if value != expected[what]:
+                raise PreconditionFailed(
+                    f"{head.name} of {record.export.nqn}: expected the {what} {expected[what]} of volume "
+                    f"{record.name}, got {value}; the device is not used"
+                )
+        if head.size_bytes < record.size_bytes:
+            raise PreconditionFailed(
+                f"{head.name} of {record.export.nqn}: expected at least {record.size_bytes} bytes of volume "
+                f"{record.name}, got {head.size_bytes}; the device is not used"
+            )
+    return subsystem.heads[-1]

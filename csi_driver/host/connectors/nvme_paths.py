@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The path keeper: connects lost paths of NVMe/TCP volumes again, and notices that a volume was taken over.
+
+The kernel reconnects a path by itself while its controller exists. The keeper acts when a controller is gone: it was
+refused, or the storage machine was away for longer than the time limit of I/O. A target that refuses this node has
+given the volume up for another node: the volume is marked, I/O that waits for a path is failed, and nothing is
+connected again, so that nothing is flushed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+
+from csi_driver.errors import DriverError
+from csi_driver.host.connectors.nvme import PROBE_S, NvmeVolumes, Refused
+from csi_driver.host.connectors.nvme_records import Connection
+from csi_driver.host.nvme_host import ENDING, LIVE
+from csi_driver.host_model import NvmeOrphan
+from csi_driver.nvme_model import NvmeExport, host_nqn
+from csi_driver.thread_pool import Job
+
+_LOG = logging.getLogger(__name__)
+_ROUND_S = 2.0
+"""So long a round waits for the connects that it started; the next round finds those that still run."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeStates:
+    """Figures of all volumes that this node has connected. `paths`: by the kernel's state; `volumes`: by usability."""
+
+    paths: Mapping[str, int]
+    volumes: Mapping[str, int]
+    reconnects: int
+    failovers: int
+    requeued_io: int
+    orphans: int
+
+
+@dataclass(slots=True)
+class PathKeeper:
+    """Keeps the paths of `volumes`. `keep` is called once a second by one thread."""
+
+    volumes: NvmeVolumes
+    reconnects: int = field(default=0, init=False)
+    _settled: dict[str, tuple[Connection, frozenset[tuple[str, int]]]] = field(default_factory=dict, init=False)
+    _pauses: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict, init=False)
+
+    def keep(self) -> None:
+        """Look at every path; without a change that reads one directory, and one file for each path."""
+        records = self.volumes.records.all()
+        entries = self.volumes.sysfs.entries()
+        missing: list[tuple[Connection, str]] = []
+        for record in records.values():
+            if not self._is_settled(record, entries):
+                missing += [(record, path) for path in self._look_at(record, entries)]
+        self._settled = {name: each for name, each in self._settled.items() if name in records}
+        self._pauses = {key: each for key, each in self._pauses.items() if key[0] in records}
+        if missing:
+            self._connect(missing)
+
+    def _is_settled(self, record: Connection, entries: frozenset[tuple[str, int]]) -> bool:
+        known, controllers = self._settled.get(record.name, (None, frozenset()))
+        return (
+            known is record
+            and controllers <= entries
+            and all(self.volumes.sysfs.state(name) == LIVE for name, _ in controllers)
+        )
+
+    def _look_at(self, record: Connection, entries: frozenset[tuple[str, int]]) -> list[str]:
+        """Return the paths to connect now; notes the volume as settled when nothing is missing."""
+        self._settled.pop(record.name, None)
+        if record.is_ending:
+            return []  # the repeated NodeUnstageVolume goes on
+        if record.is_refused:
+            self.volumes.start_deletes(record.export.nqn)
+            return []
+        subsystem = self.volumes.subsystem(record.export.nqn)
+        controllers = [each for each in (subsystem.controllers if subsystem else ()) if each.state not in ENDING]
+        live = {each.path for each in controllers if each.state == LIVE and each.path in record.export.paths}
+        if live and any(each.path not in record.export.paths for each in controllers):
+            self.volumes.start_deletes(record.export.nqn, keep=record.export.paths)
+        names = {each.name for each in controllers}
+        shown = frozenset(entry for entry in entries if entry[0] in names)
+        is_whole = live == set(record.export.paths) and len(shown) == len(controllers) == len(live)
+        if self._has_node(record) and is_whole:
+            self._settled[record.name] = record, shown
+        return self._due(record, {each.path for each in controllers})
+
+    def _has_node(self, record: Connection) -> bool:
+        try:
+            return self.volumes.place_node(record)
+        except DriverError as failure:
+            _LOG.error("the device node of volume %s is not made: %s", record.name, failure)
+            return False
+
+    def _due(self, record: Connection, present: set[str]) -> list[str]:
+        now_s = self.volumes.clock.monotonic()
+        absent = (path for path in record.export.paths if path not in present)
+        return [path for path in absent if self._pauses.get((record.name, path), (0.0, 0.0))[0] <= now_s]
+
+    def _connect(self, missing: list[tuple[Connection, str]]) -> None:
+        answered = self.volumes.fabrics.probe({path for _, path in missing}, PROBE_S, PROBE_S)
+        jobs: dict[Job[None], tuple[Connection, str]] = {}
+        for record, path in missing:
+            if path in answered:
+                jobs[self.volumes.start_connect(record, path)] = record, path
+            else:
+                self._failed(record, path)
+        wait(jobs, _ROUND_S)
+        for job, (record, path) in jobs.items():
+            if job.done() and not job.cancelled():
+                self._finished(record, path, job.exception())
+
+    def _finished(self, record: Connection, path: str, failure: BaseException | None) -> None:
+        if failure is None:
+            self.reconnects += 1
+            self._pauses.pop((record.name, path), None)
+            _LOG.info("volume %s is connected again at %s", record.name, path)
+            self._has_node(record)
+            return
+        self._failed(record, path)
+        _LOG.warning("volume %s: %s", record.name, failure)
+        if isinstance(failure, Refused):
+            self.volumes.mark_refused(record)
+
+    def _failed(self, record: Connection, path: str) -> None:
+        _, pause_s = self._pauses.get((record.name, path), (0.0, _FIRST_PAUSE_S))
+        until_s = self.volumes.clock.monotonic() + pause_s
+        self._pauses[record.name, path] = until_s, min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    def orphans(self) -> tuple[NvmeOrphan, ...]:
+        """Return this node's connections to pools of this registry that no record names."""
+        sysfs, records = self.volumes.sysfs, self.volumes.records
+        known = {record.export.nqn for record in records.all().values()}
+        own = host_nqn(self.volumes.node_id())
+        found: dict[str, NvmeOrphan] = {}
+        for name, _ in sorted(sysfs.entries()):
+            nqn = sysfs.nqn(name)
+            if nqn in known or nqn in found or NvmeExport(nqn, ()).pool not in records.pools:
+                continue
+            subsystem = self.volumes.subsystem(nqn) if sysfs.host_nqn(name) == own else None
+            if subsystem is not None:
+                found[nqn] = NvmeOrphan(nqn, subsystem.heads[0].number if subsystem.heads else None)
+        return tuple(found.values())
+
+    def states(self) -> NvmeStates:
+        volumes, paths, failovers, requeued = Counter[str](), Counter[str](), 0, 0
+        for name, record in self.volumes.records.all().items():
+            status, subsystem = self.volumes.volume(name), self.volumes.subsystem(record.export.nqn)
+            enabled = status is not None and status.io_enabled
+            volumes["fenced" if record.is_refused else "ready" if enabled else "no_path"] += 1
+            if subsystem is None:
+                continue
+            for controller in subsystem.controllers:
+                paths[controller.state] += 1
+                failovers += self.volumes.sysfs.path_count(controller.name, "multipath_failover_count")
+            for head in subsystem.heads:
+                text = self.volumes.sysfs.of_head(subsystem.name, head.name, "io_requeue_no_usable_path_count")
+                requeued += int(text) if text.isdigit() else 0
+        return NvmeStates(paths, volumes, self.reconnects, failovers, requeued, len(self.orphans()))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of the volumes that this node connects by NVMe/TCP: one file each, in a directory that a reboot empties.
+
+Only the node writes it. Each change replaces the file, so that readers and a restart find a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.host.syscalls import system_call
+from csi_driver.host_model import ConnectOptions
+from csi_driver.model import is_uuid, is_volume_name
+from csi_driver.nvme_model import NvmeExport
+
+_LOG = logging.getLogger(__name__)
+_SUFFIX = ".json"
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What was asked for. `holders`: the staging paths that use it. `is_ending`: it is being disconnected.
+
+    `is_refused`: the target does not let this node in any more; it is never connected again.
+    """
+
+    name: str
+    uuid: str
+    export: NvmeExport
+    size_bytes: int
+    options: ConnectOptions
+    holders: frozenset[str]
+    is_ending: bool = False
+    is_refused: bool = False
+
+    def to_json(self) -> str:
+        document = {
+            "name": self.name,
+            "uuid": self.uuid,
+            "nqn": self.export.nqn,
+            "paths": list(self.export.paths),
+            "blockBytes": self.export.block_bytes,
+            "sizeBytes": self.size_bytes,
+            "ioQueues": self.options.io_queues,
+            "ioTimeoutSeconds": self.options.io_timeout_s,
+            "holders": sorted(self.holders),
+            "ending": self.is_ending,
+            "refused": self.is_refused,
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Connection:
+        """Read a record. Raises ValueError for one that this driver has not written."""
+        try:
+            found = json.loads(text)
+            record = cls(
+                name=str(found["name"]),
+                uuid=str(found["uuid"]),
+                export=NvmeExport(str(found["nqn"]), tuple(map(str, found["paths"])), int(found["blockBytes"])),
+                size_bytes=int(found["sizeBytes"]),
+                options=ConnectOptions(int(found["ioQueues"]), int(found["ioTimeoutSeconds"])),
+                holders=frozenset(map(str, found["holders"])),
+                is_ending=found["ending"] is True,
+                is_refused=found["refused"] is True,
+            )
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"expected the record of a connection, got {error!r}") from error
+        if record.export.problem or not is_uuid(record.uuid) or not is_volume_name(record.name):
+            raise ValueError(record.export.problem or "expected name and uuid of a volume")
+        return record
+
+
+class Records:
+    """The records, read from their directory once."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._found: dict[str, Connection] | None = None
+        self.pools: set[str] = set()
+        """The pools that records named since the start."""
+
+    def all(self) -> dict[str, Connection]:
+        with self._lock:
+            return dict(self._read())
+
+    def get(self, name: str) -> Connection | None:
+        with self._lock:
+            return self._read().get(name)
+
+    def put(self, record: Connection) -> None:
+        with self._lock:
+            self._write(record)
+
+    def change(self, record: Connection, change: Callable[[Connection], Connection]) -> Connection | None:
+        """Change the record of this subsystem as it is now; None when it has gone since."""
+        with self._lock:
+            now = self._read().get(record.name)
+            if now is None or now.export.nqn != record.export.nqn:
+                return None
+            changed = change(now)
+            self._write(changed)
+            return changed
+
+    def _write(self, record: Connection) -> None:
+        if self._read().get(record.name) == record:
+            return
+        draft = self._directory / f".{record.name}.new"
+        with system_call(f"write the record of the connection of volume {record.name}"):
+            os.makedirs(self._directory, 0o700, exist_ok=True)
+            with open(draft, "w", opener=lambda path, flags: os.open(path, flags | os.O_CLOEXEC, 0o600)) as file:
+                file.write(record.to_json())
+            os.replace(draft, self._path(record.name))
+        self._add(self._read(), record)
+
+    def remove(self, name: str) -> None:
+        with self._lock, system_call(f"remove the record of the connection of volume {name}"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(name))
+            self._read().pop(name, None)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / (name + _SUFFIX)
+
+    def _read(self) -> dict[str, Connection]:
+        """Return the records; the lock is held."""
+        if self._found is None:
+            found: dict[str, Connection] = {}
+            names = sorted(os.listdir(self._directory)) if self._directory.is_dir() else []
+            for name in names:
+                if name.endswith(_SUFFIX) and not name.startswith("."):
+                    try:
+                        self._add(found, Connection.parse((self._directory / name).read_text()))
+                    except (OSError, ValueError) as error:
+                        _LOG.error("%s cannot be read, its connection counts as one of nobody: %s", name, error)
+            self._found = found
+        return self._found
+
+    def _add(self, found: dict[str, Connection], record: Connection) -> None:
+        found[record.name] = record
+        self.pools.add(record.export.pool)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's NVMe host driver: connects by /dev/nvme-fabrics, and what sysfs shows of its subsystems.
+
+Reads of sysfs do not wait for a device. `Fabrics.connect`, `Fabrics.options` and `Sysfs.delete` may hang: the kernel
+holds one lock over all writes to /dev/nvme-fabrics, and waits for the target.
+Sources: drivers/nvme/host/{fabrics,sysfs,multipath}.c; NVMe over Fabrics 1.1 and its TCP transport for `Fabrics.ask`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import selectors
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_driver.errors import HostFailure, SystemCallFailed
+from csi_driver.host.block_devices import SECTOR_BYTES, read_text
+from csi_driver.host.syscalls import closing, open_file, read_file, system_call
+from csi_driver.host_model import DeviceNumber
+from csi_driver.nvme_model import split_path
+
+LIVE = "live"
+ENDING = frozenset({"deleting", "deleting (no IO)", "dead"})
+"""States of a controller that never carries I/O again."""
+_USABLE = frozenset({"optimized", "non-optimized"})
+_CONTROLLER, _HEAD = re.compile(r"nvme[0-9]+"), re.compile(r"nvme[0-9]+n[0-9]+")
+_PATH = re.compile(r"nvme([0-9]+)c[0-9]+n([0-9]+)")
+_CREATED = re.compile(r"instance=([0-9]+),")
+
+
+@dataclass(frozen=True, slots=True)
+class Controller:
+    """A connection to a target, by one path. `ana_states`: of the namespaces by this path."""
+
+    name: str
+    state: str
+    path: str
+    host_nqn: str
+    ana_states: tuple[str, ...] = ()
+
+    @property
+    def is_usable(self) -> bool:
+        return self.state == LIVE and any(state in _USABLE for state in self.ana_states)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The block device of a namespace, over all its paths."""
+
+    name: str
+    number: DeviceNumber
+    uuid: str
+    namespace: int
+    size_bytes: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Subsystem:
+    name: str
+    nqn: str
+    controllers: tuple[Controller, ...]
+    heads: tuple[Head, ...]
+
+
+class Sysfs:
+    """NVMe subsystems in sysfs. `root`: where it is mounted."""
+
+    def __init__(self, root: Path = Path("/sys")) -> None:
+        self._subsystems = f"{root}/class/nvme-subsystem"
+        self._controllers = f"{root}/class/nvme"
+        self._numbers = f"{root}/dev/block"
+        self.multipath = f"{root}/module/nvme_core/parameters/multipath"
+
+    def entries(self) -> frozenset[tuple[str, int]]:
+        """Return name and inode of all controllers: the kernel gives a name to another one, an inode never."""
+        with contextlib.suppress(OSError), os.scandir(self._controllers) as found:
+            return frozenset((entry.name, entry.inode()) for entry in found)
+        return frozenset()
+
+    def state(self, controller: str) -> str:
+        return read_text(f"{self._controllers}/{controller}/state")
+
+    def host_nqn(self, controller: str) -> str:
+        return read_text(f"{self._controllers}/{controller}/hostnqn")
+
+    def nqn(self, controller: str) -> str:
+        return read_text(f"{self._controllers}/{controller}/subsysnqn")
+
+    def find(self, nqn: str, hint: str = "") -> Subsystem | None:
+        """Return the subsystem of that name. `hint`: where it was; that is read first."""
+        for name in (*((hint,) if hint else ()), *_listed(self._subsystems)):
+            if read_text(f"{self._subsystems}/{name}/subsysnqn") == nqn:
+                return self._described(name, nqn)
+        return None
+
+    def _described(self, name: str, nqn: str) -> Subsystem:
+        entries = sorted(_listed(f"{self._subsystems}/{name}"))
+        controllers = tuple(self.controller(each) for each in entries if _CONTROLLER.fullmatch(each))
+        heads = (self._head(f"{self._subsystems}/{name}/{each}") for each in entries if _HEAD.fullmatch(each))
+        return Subsystem(name, nqn, controllers, tuple(head for head in heads if head is not None))
+
+    def controller(self, name: str) -> Controller:
+        place = f"{self._controllers}/{name}"
+        address = dict(field.partition("=")[::2] for field in read_text(f"{place}/address").split(","))
+        path = path_to(address.get("traddr", ""), address.get("trsvcid", ""))
+        namespaces = sorted(each for each in _listed(place) if _PATH.fullmatch(each))
+        states = tuple(read_text(f"{place}/{each}/ana_state") for each in namespaces)
+        return Controller(name, self.state(name), path, self.host_nqn(name), states)
+
+    def _head(self, place: str) -> Head | None:
+        try:
+            return Head(
+                name=place.rpartition("/")[2],
+                number=DeviceNumber.parse(read_text(f"{place}/dev")),
+                uuid=read_text(f"{place}/uuid").lower(),
+                namespace=int(read_text(f"{place}/nsid")),
+                size_bytes=int(read_text(f"{place}/size")) * SECTOR_BYTES,
+                block_bytes=int(read_text(f"{place}/queue/logical_block_size")),
+            )
+        except ValueError:  # it goes, or is not complete yet
+            return None
+
+    def by_number(self, number: DeviceNumber) -> tuple[str, Head] | None:
+        """Return the subsystem NQN and the namespace of a block device; None when it is no NVMe device."""
+        place = os.path.realpath(f"{self._numbers}/{number}")
+        if _HEAD.fullmatch(place.rpartition("/")[2]) is None:
+            return None
+        nqn, head = read_text(f"{place.rpartition('/')[0]}/subsysnqn"), self._head(place)
+        return (nqn, head) if nqn and head is not None and head.number == number else None
+
+    def of_head(self, subsystem: str, head: str, attribute: str) -> str:
+        """Return an attribute of a namespace; empty where this kernel has none."""
+        return read_text(f"{self._subsystems}/{subsystem}/{head}/{attribute}")
+
+    def tune_head(self, subsystem: str, head: str, attribute: str, value: str) -> None:
+        """Set an attribute of a namespace; nothing where this kernel has none. May hang."""
+        _write(f"{self._subsystems}/{subsystem}/{head}/{attribute}", value)
+
+    def path_count(self, controller: str, counter: str) -> int:
+        """Return a counter of the namespaces by this path; 0 where this kernel counts nothing (before 7.0)."""
+        place = f"{self._controllers}/{controller}"
+        found = (read_text(f"{place}/{each}/{counter}") for each in _listed(place) if _PATH.fullmatch(each))
+        return sum(int(text) for text in found if text.isdigit())
+
+    def delete(self, controller: str) -> None:
+        """End a connection and wait for its end; done when it is gone already."""
+        _write(f"{self._controllers}/{controller}/delete_controller", "1")
+
+
+def path_to(address: str, port: str) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _write(file: str, text: str) -> None:
+    try:
+        with system_call(f"write {file}"), closing(os.open(file, os.O_WRONLY | os.O_CLOEXEC)) as fd:
+            os.write(fd, text.encode())
+    except SystemCallFailed as failure:
+        if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTDIR):
+            raise
+
+
+class Fabrics:
+    """Connections to targets, and what targets answer."""
+
+    def __init__(self, device: Path = Path("/dev/nvme-fabrics")) -> None:
+        self.device = device
+
+    def options(self) -> frozenset[str]:
+        """Return the names of the options that this kernel takes: it refuses a connect with any other. May hang."""
+        with system_call(f"read {self.device}"):
+            text = os.fsdecode(read_file(str(self.device), 4096))
+        return frozenset(word.partition("=")[0] for word in re.split(r"[,\s]+", text) if word)
+
+    def connect(self, about: str, options: Mapping[str, str]) -> str:
+        """Connect, and return the controller's name. May hang. Raises `SystemCallFailed`, which names no option."""
+        text = ",".join(f"{key}={value}" for key, value in options.items())
+        with closing(open_file(self.device, os.O_RDWR)) as fd, system_call(f"connect {about}"):
+            os.write(fd, text.encode())
+            created = _CREATED.search(os.fsdecode(os.read(fd, 256)))
+        if created is None:
+            raise HostFailure(f"connect {about}: expected the number of the controller from {self.device}, got none")
+        return f"nvme{created[1]}"
+
+    def probe(self, paths: Collection[str], within_s: float, more_s: float = 0.05) -> frozenset[str]:
+        """Return the paths that take a TCP connection, at most `within_s` later, or `more_s` after the first."""
+        end_s = time.monotonic() + within_s
+        found: set[str] = set()
+        with contextlib.ExitStack() as opened, selectors.DefaultSelector() as selector:
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    selector.register(opened.enter_context(_connecting(path)), selectors.EVENT_WRITE, path)
+            while selector.get_map() and (left_s := end_s - time.monotonic()) > 0:
+                for key, _ in selector.select(left_s):
+                    selector.unregister(key.fileobj)
+                    if isinstance(key.fileobj, socket.socket) and not key.fileobj.getsockopt(
+                        socket.SOL_SOCKET, socket.SO_ERROR
+                    ):
+                        found.add(key.data)
+                        end_s = min(end_s, time.monotonic() + more_s)
+        return frozenset(found)
+
+    def ask(self, path: str, nqn: str, host_nqn: str, host_id: str, within_s: float) -> int | None:
+        """Return the target's status of a connect by this host, 0 = accepted; None when it gives none in time.
+
+        The kernel tells every refusal as the same error. The connection is closed at once.
+        """
+        try:
+            with socket.create_connection(split_path(path), within_s) as target:
+                target.settimeout(within_s)
+                target.sendall(_INITIALIZE)
+                if next(_units(target), (0, b""))[0] != _INITIALIZED:
+                    return None
+                target.sendall(_connect_capsule(nqn, host_nqn, host_id))
+                for kind, body in _units(target):
+                    if kind == _RESPONSE:
+                        return int(_COMPLETION.unpack(body[:16])[-1]) >> 1 & 0x7FF
+        except OSError:
+            pass
+        return None
+
+
+HOST_REFUSED, NO_SUBSYSTEM = 0x184, 0x182
+"""Status of a connect: invalid host; invalid parameter, for a subsystem that is not exported there."""
+# NVMe/TCP: common header (type, flags, header length, data offset, length); types of units.
+_HEADER = struct.Struct("<BBBBI")
+_INITIALIZED, _COMMAND, _RESPONSE = 0x01, 0x04, 0x05
+_INITIALIZE = _HEADER.pack(0, 0, 128, 0, 128) + bytes(120)
+_COMPLETION = struct.Struct("<QHHHH")
+_LONGEST_UNIT = 4096
+
+
+def _connect_capsule(nqn: str, host_nqn: str, host_id: str) -> bytes:
+    data = uuid.UUID(host_id).bytes + struct.pack("<H238x256s256s256x", 0xFFFF, nqn.encode(), host_nqn.encode())
+    # Fabrics command, data in the capsule, Connect; the data's place; queue 0 with 32 entries, no keep-alive.
+    entry = struct.pack("<BBHB19xQI3xBHHHBxI12x", 0x7F, 0x40, 0, 1, 0, len(data), 1, 0, 0, 31, 0, 0)
+    return _HEADER.pack(_COMMAND, 0, 72, 72, 72 + len(data)) + entry + data
+
+
+def _units(target: socket.socket) -> Iterator[tuple[int, bytes]]:
+    while len(header := _received(target, _HEADER.size)) == _HEADER.size:
+        kind, _, _, _, length = _HEADER.unpack(header)
+        if not _HEADER.size <= length <= _LONGEST_UNIT:
+            return
+        yield kind, _received(target, length - _HEADER.size)
+
+
+def _received(target: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count and (piece := target.recv(count - len(found))):
+        found += piece
+    return found
+
+
+def _connecting(path: str) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        *split_path(path), type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )[0]
+    made = socket.socket(family, kind, protocol)
+    made.setblocking(False)
+    result = made.connect_ex(address)
+    if result not in (0, errno.EINPROGRESS):
+        made.close()
+        raise OSError(result, os.strerror(result))
+    return made
