@@ -157,7 +157,7 @@ def _holder(client: Client, uuid: str) -> Document:
     desired, report = client.desired.get(uuid), client.devices.get(uuid)
     return {
         "client": client.id,
-        "nodeId": client.uuid,
+        "nodeId": client.node_id,
         "clientStatus": client.status.name.lower(),
         "desired": "detached" if desired is None else "detaching" if desired.is_detaching else "attached",
         "device": report.status.name.lower() if report is not None else "",

@@ -317,7 +317,7 @@ def was_preempted(volume: Volume, holder: Client) -> bool:
 
 def _held_elsewhere(volume: Volume, holders: Sequence[Client], reasons: dict[str, str]) -> PreconditionFailed:
     names = ", ".join(
-        f"{holder.uuid} ({holder.id}{f': {reasons[holder.id]}' if reasons.get(holder.id) else ''})"
+        f"{holder.node_id} ({holder.id}{f': {reasons[holder.id]}' if reasons.get(holder.id) else ''})"
         for holder in sorted(holders, key=lambda holder: holder.id)
     )
     return PreconditionFailed(f"volume {volume.name} is attached to node {names}; detach it there first")

@@ -238,7 +238,7 @@ def _held(clients: Sequence[Client], uuid: str) -> dict[str, tuple[str, ...]]:
         desired = client.desired.get(uuid)
         if desired is not None and not desired.is_detaching:
             for reference in desired.references:
-                held[reference] = (*held.get(reference, ()), client.uuid)
+                held[reference] = (*held.get(reference, ()), client.node_id)
     return held
 
 

@@ -6,11 +6,13 @@ Methods that change a desired attachment return the pairs that the attacher must
 
 from __future__ import annotations
 
+import re
+import secrets
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from csi_driver.embedded.documents import CLIENT_NOT_FOUND, VOLUME_NOT_FOUND, ApiError, detail
+from csi_driver.embedded.documents import CLIENT_NOT_FOUND, VOLUME_NOT_FOUND, ApiError, detail, export_document
 from csi_driver.embedded.model import (
     ATTACHMENTS,
     CLIENTS,
@@ -31,11 +33,14 @@ from csi_driver.embedded.model import (
 from csi_driver.embedded.requests import AttachedVolume, DetachedVolume, ReservationRequest
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import HostFailure
+from csi_driver.nvme_model import NvmeExport, host_uuid
 
 _DETACHED_SHOWN = 100
 """Detached volumes in a client's document, besides the latest. The real server shows each until it is deleted."""
 Pair = tuple[str, str]
 """A client's name and a volume's uuid."""
+_NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,251}[a-z0-9])?")
+"""Of a node that connects by itself. Lower case alone: the names of its host follow from it in lower case."""
 
 
 @dataclass(eq=False)
@@ -48,16 +53,43 @@ class Clients:
     """Syncs a volume's file, by name and uuid, before its first attachment; True when the row may say `made`."""
     holds: Callable[[str, str], bool] = lambda client, identity: False
     """Return whether a client, by name, has a volume, by uuid; set by the attacher."""
+    has_exports: bool = False
+    """Volumes are exported over NVMe: every node that is not one of `names` is a client, without a configuration."""
 
     def install(self) -> None:
-        """Create the missing records of the configured clients. A client's uuid never changes."""
+        """Create the missing records of the configured clients, and remove those of nodes without a volume.
+
+        The uuid of a configured client never changes; that of another node follows from its name.
+        """
+        others = self.store.all(CLIENTS) if self.has_exports else []
+        idle = [client.name for client in others if client.name not in self.names and self._is_idle(client.name)]
+        reports = [report for name in idle for report in self.store.all(REPORTS, name)]
 
         def put(change: Change) -> None:
             for name in self.names:
                 if change.get(CLIENTS, name) is None:
                     change.put(CLIENTS, name, Client(name, str(uuid.uuid4())))
+            for report in reports:
+                change.delete(REPORTS, report.uuid, report.client)
+            for name in idle:
+                change.delete(CLIENTS, name)
 
         self.store.write(put)
+
+    def _is_idle(self, name: str) -> bool:
+        reports = self.store.all(REPORTS, name)
+        return not self.store.count(ATTACHMENTS, name) and all(report.status == DETACHED for report in reports)
+
+    def find(self, name: str) -> Client | None:
+        """Return a client; a node that has had no volume yet has no record."""
+        return self.store.get(CLIENTS, name) or self._node(name)
+
+    def _node(self, name: str) -> Client | None:
+        return Client(name, host_uuid(name)) if self.has_exports and _NODE_NAME.fullmatch(name) else None
+
+    def connects_on_demand(self, client: Client) -> bool:
+        """Return whether a client is the NVMe host of its node; one that was configured earlier is not."""
+        return client.name not in self.names and client == self._node(client.name)
 
     def attach(self, client: str, item: AttachedVolume) -> list[Pair]:
         """Record that the volume is to be attached. Raises ApiError."""
@@ -70,8 +102,11 @@ class Clients:
 
     def _attach(self, change: Change, client: str, item: AttachedVolume, lost: str, *, is_made: bool) -> list[Pair]:
         name, identity, request = item.name, item.uuid, item.reservation
-        if change.get(CLIENTS, client) is None:
-            raise ApiError(1621, f"Client {client} not found; this manager serves {', '.join(self.names)}")
+        stored = change.get(CLIENTS, client)
+        known = stored or self._node(client)
+        if known is None:
+            others = ", and nodes by their names in lower case" if self.has_exports else ""
+            raise ApiError(1621, f"Client {client} not found; this manager serves {', '.join(self.names)}{others}")
         volume = change.get(VOLUMES, name)
         if volume is None or volume.uuid != identity:
             raise ApiError(VOLUME_NOT_FOUND, "Volume not found")
@@ -91,13 +126,9 @@ class Clients:
             change.put(VOLUMES, volume.name, reserved)
         if request.preempt:
             pairs[:0] = self._preempt(change, client, volume, detach=request.is_detach_others)
-        shown: Document = {"mode": mode, "version": reservation.version, "preempt": 2 if request.preempt else 0}
-        if "reservation" in item.model_fields_set:
-            shown["isDetachOthers"] = request.is_detach_others
-        old = change.get(ATTACHMENTS, identity, client)
-        held = old.references if old is not None and old.is_attaching else ()
-        references = held if item.reference in held else (*held, item.reference)
-        change.put(ATTACHMENTS, identity, Attachment(client, name, identity, "attaching", shown, references), client)
+        _put_attaching(change, client, volume, reservation, item)
+        if stored is None:
+            change.put(CLIENTS, client, known)
         return pairs
 
     def _preempt(self, change: Change, client: str, volume: Volume, *, detach: bool) -> list[Pair]:
@@ -132,20 +163,25 @@ class Clients:
         is_reported = report is not None and report.status != DETACHED
         if left:
             change.put(ATTACHMENTS, identity, replace(attachment, references=left), client)
-        elif is_reported or client not in self.names or self.holds(client, identity):
+        elif is_reported or not self._serves(change, client) or self.holds(client, identity):
             # A crash can lose the report of a device.
             _put_detaching(change, replace(attachment, references=()), force=item.force)
         else:
             _end_attachment(change, attachment)
         return [(client, identity)]
 
-    def report(self, attachment: Attachment, status: int, *, io_enabled: int) -> None:
+    def _serves(self, change: Change, name: str) -> bool:
+        client = change.get(CLIENTS, name)
+        return name in self.names or (client is not None and self.connects_on_demand(client))
+
+    def report(self, attachment: Attachment, status: int, *, io_enabled: int, export: NvmeExport | None = None) -> None:
         """Report the state of an attachment; an unchanged report is not written."""
         old = self.store.get(REPORTS, attachment.uuid, attachment.client)
-        new = (status, io_enabled, attachment.references, attachment.reservation["mode"])
-        if old is None or new != (old.status, old.io_enabled, old.references, old.reservation["mode"]):
+        shown = {} if export is None else export_document(export)
+        new = (status, io_enabled, attachment.references, attachment.reservation["mode"], shown)
+        if old is None or new != (old.status, old.io_enabled, old.references, old.reservation["mode"], old.export):
             # The next start settles every attachment, and so reports it again.
-            self.store.write_later(lambda change: _put_report(change, attachment, status, io_enabled=io_enabled))
+            self.store.write_later(lambda change: _put_report(change, attachment, status, shown, io_enabled=io_enabled))
 
     def report_detached(self, attachment: Attachment) -> None:
         """Report the detach; the attachment ends unless the volume is to be attached again.
@@ -154,7 +190,7 @@ class Clients:
         """
 
         def end(change: Change) -> None:
-            _put_report(change, attachment, DETACHED, io_enabled=1)
+            _put_report(change, attachment, DETACHED, {}, io_enabled=1)
             current = change.get(ATTACHMENTS, attachment.uuid, attachment.client)
             if current is not None and not current.is_attaching:
                 _end_attachment(change, attachment)
@@ -187,6 +223,23 @@ class Clients:
         return report
 
 
+def _put_attaching(change: Change, client: str, volume: Volume, reservation: Reservation, item: AttachedVolume) -> None:
+    """Record the attachment; one that holds already gets a reference more."""
+    request, old = item.reservation, change.get(ATTACHMENTS, volume.uuid, client)
+    preempt = 2 if request.preempt else 0
+    shown: Document = {"mode": MODES[request.mode], "version": reservation.version, "preempt": preempt}
+    if "reservation" in item.model_fields_set:
+        shown["isDetachOthers"] = request.is_detach_others
+    held = old.references if old is not None and old.is_attaching else ()
+    references = held if item.reference in held else (*held, item.reference)
+    if old is not None and old.is_attaching and reservation.covers(old):
+        attachment = replace(old, reservation=shown, references=references)
+    else:
+        token = secrets.token_hex(8)
+        attachment = Attachment(client, volume.name, volume.uuid, "attaching", shown, references, token=token)
+    change.put(ATTACHMENTS, volume.uuid, attachment, client)
+
+
 def _put_detaching(change: Change, attachment: Attachment, *, force: bool) -> None:
     leaving = replace(attachment, action="detaching", force=force)
     change.put(ATTACHMENTS, leaving.uuid, leaving, leaving.client)
@@ -200,11 +253,12 @@ def _end_attachment(change: Change, attachment: Attachment) -> None:
         change.put(VOLUMES, volume.name, replace(volume, reservation=reservation))
 
 
-def _put_report(change: Change, attachment: Attachment, status: int, *, io_enabled: int) -> None:
+def _put_report(change: Change, attachment: Attachment, status: int, export: Document, *, io_enabled: int) -> None:
     client, name, identity = attachment.client, attachment.volume, attachment.uuid
     volume = change.get(VOLUMES, name)
     if volume is not None and volume.uuid == identity:
-        report = Report(client, name, identity, status, io_enabled, attachment.reservation, attachment.references)
+        held = attachment.reservation, attachment.references
+        report = Report(client, name, identity, status, io_enabled, *held, export)
         change.put(REPORTS, identity, report, client)
 
 

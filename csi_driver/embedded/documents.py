@@ -26,6 +26,7 @@ from csi_driver.embedded.model import (
 )
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import DriverError
+from csi_driver.nvme_model import NvmeExport
 
 API_VERSION = "18.0.0"
 VERSION = "3.5.0-1.embedded"
@@ -152,8 +153,11 @@ def snapshot_group_document(group: SnapshotGroup, members: Iterable[Snapshot]) -
     }
 
 
-def client_document(client: Client, reports: list[Report], attachments: list[Attachment], *, down: bool) -> Document:
-    return {
+def client_document(
+    client: Client, reports: list[Report], attachments: list[Attachment], *, down: bool, on_demand: bool = False
+) -> Document:
+    """Return a client's document. `on_demand`: the client is a node's NVMe host, which connects for each volume."""
+    document: Document = {
         "_id": client.name,
         "clientID": client.name,
         "uuid": client.uuid,
@@ -162,6 +166,11 @@ def client_document(client: Client, reports: list[Report], attachments: list[Att
         "block_devices": [report.part for report in reports],
         "attachments": {attachment.uuid: attachment.part for attachment in attachments},
     }
+    return {**document, "connects": "on-demand"} if on_demand else document
+
+
+def export_document(export: NvmeExport) -> Document:
+    return {"nqn": export.nqn, "paths": list(export.paths), "blockBytes": export.block_bytes}
 
 
 def client_text(value: object) -> str:

@@ -29,8 +29,10 @@ from csi_driver.embedded.model import (
     SNAPSHOT_GROUPS,
     SNAPSHOTS,
     VOLUMES,
+    Attachment,
     Client,
     Document,
+    Report,
     Volume,
     compact_json,
 )
@@ -280,14 +282,18 @@ class Api:
         return map(self._client_document, self.store.all(CLIENTS))
 
     def client(self, name: str) -> Document:
-        client = self.store.get(CLIENTS, name)
+        client = self.clients.find(name)
         if client is None:
             raise ApiError(documents.CLIENT_NOT_FOUND, "Client not found")
         return self._client_document(client)
 
     def _client_document(self, client: Client) -> Document:
         reports, attachments = self.store.all(REPORTS, client.name), self.store.all(ATTACHMENTS, client.name)
-        return documents.client_document(client, reports, attachments, down=self.attacher.is_down(client.name))
+        return self._shown(client, reports, attachments)
+
+    def _shown(self, client: Client, reports: list[Report], attachments: list[Attachment]) -> Document:
+        down, on_demand = self.attacher.is_down(client.name), self.clients.connects_on_demand(client)
+        return documents.client_document(client, reports, attachments, down=down, on_demand=on_demand)
 
     def attach(self, body: AttachRequest) -> list[Document]:
         return self._settled(body.client, body.volumes, self.clients.attach)
@@ -311,12 +317,7 @@ class Api:
         volume = self.store.get(VOLUMES, name)
         if volume is None or client is None or volume.uuid != identity:
             return None
-        shown = documents.client_document(
-            client,
-            [] if report is None else [report],
-            [] if attachment is None else [attachment],
-            down=self.attacher.is_down(client_name),
-        )
+        shown = self._shown(client, [] if report is None else [report], [] if attachment is None else [attachment])
         return {"volume": documents.volume_document(volume), "client": shown}
 
     def group(self, name: str) -> Document:

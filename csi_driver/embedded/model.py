@@ -54,6 +54,11 @@ class Reservation:
         """Return whether a client that attached in this mode may do I/O; False after a preemption."""
         return self.mode == mode and (mode != EXCLUSIVE_READ_WRITE or self.reserved_by == client)
 
+    def covers(self, attachment: Attachment) -> bool:
+        """Return whether nothing ended the access that this attachment got: a later reservation does not renew it."""
+        is_same = attachment.reservation.get("version") == self.version
+        return is_same and self.allows(attachment.client, attachment.mode)
+
     def released(self, client: str) -> Reservation:
         """Return the reservation without `client`; it ends with the last client."""
         left = tuple(name for name in self.attached if name != client)
@@ -235,6 +240,8 @@ class Attachment:
     reservation: Document
     references: tuple[str, ...]
     force: bool | None = None
+    token: str = ""
+    """Part of the name under which a node connects to this attachment alone; no other attachment ever has it."""
 
     @property
     def mode(self) -> int:
@@ -272,11 +279,13 @@ class Report:
     io_enabled: int
     reservation: Document
     references: tuple[str, ...]
+    export: Document = field(default_factory=dict)
+    """Where the node connects for its device; empty: the manager makes the device."""
 
     @cached_property
     def part(self) -> Part:
         """Its row in the `block_devices` of the client's document."""
-        return Part(
+        part = Part(
             name=self.volume,
             uuid=self.uuid,
             ioEnabled=self.io_enabled,
@@ -284,6 +293,9 @@ class Report:
             reservation=self.reservation,
             referenceIDs=list(self.references),
         )
+        if self.export:
+            part["export"] = self.export
+        return part
 
 
 @dataclass(frozen=True, slots=True)
