@@ -117,6 +117,21 @@ class NvmeOrphan:
 
 
 @dataclass(frozen=True, slots=True)
+class NvmeStates:
+    """Figures of the volumes that this node connects by NVMe/TCP; the last three count since the start.
+
+    `volumes`: ready, no_path (I/O waits), fenced. `paths`: by the kernel's state, or missing where there is none.
+    """
+
+    volumes: Mapping[str, int]
+    paths: Mapping[str, int]
+    orphans: int
+    reconnects: int
+    failovers: int
+    requeued_io: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunningRole:
     pid: int
     role: str

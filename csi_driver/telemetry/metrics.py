@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from csi_driver.background import Background
+    from csi_driver.host_model import NvmeStates
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -148,6 +149,32 @@ def node(
             lambda: heavy_limit,
         ),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeMetrics(Collector):
+    """Volumes that the node connects by NVMe/TCP: all families of one reading."""
+
+    read: Callable[[], NvmeStates]
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        now = self.read()
+        text = "Volumes connected by NVMe/TCP: ready, no_path (I/O waits), fenced."
+        volumes = GaugeMetricFamily("nvmesh_csi_nvme_volumes", text, labels=("state",))
+        text = "Paths to these volumes by the kernel's state; missing: not connected."
+        paths = GaugeMetricFamily("nvmesh_csi_nvme_paths", text, labels=("state",))
+        for family, values in ((volumes, now.volumes), (paths, now.paths)):
+            for state, number in sorted(values.items()):
+                family.add_metric((state,), number)
+            yield family
+        text = "Connections of this driver that belong to no volume in use."
+        yield GaugeMetricFamily("nvmesh_csi_nvme_orphans", text, now.orphans)
+        text = "Lost paths that the driver connected again."
+        yield CounterMetricFamily("nvmesh_csi_nvme_reconnects_total", text, now.reconnects)
+        text = "Requests that the kernel sent again by another path (Linux 7.0)."
+        yield CounterMetricFamily("nvmesh_csi_nvme_failovers_total", text, now.failovers)
+        text = "Requests that waited because no path was usable (Linux 7.0)."
+        yield CounterMetricFamily("nvmesh_csi_nvme_requeued_io_total", text, now.requeued_io)
 
 
 def registration(is_registered: Callable[[], bool], results: Callable[[], Mapping[str, int]]) -> list[Metric]:

@@ -22,6 +22,8 @@ CONTROLLER = f'{DRIVER}, component="controller", pod="c"'
 NODE = f'{DRIVER}, component="node", node="n1", pod="p"'
 STORAGE = f'{DRIVER}, component="storage", pod="s"'
 POOL = "nvmesh_csi_storage_pool_bytes"
+VOLUMES = f"nvmesh_csi_nvme_volumes{{{NODE}, state="
+PATHS = f"nvmesh_csi_nvme_paths{{{NODE}, state="
 CALLS = "nvmesh_csi_rpc_duration_seconds_count"
 SERVER_UP = "nvmesh_csi_management_server_up"
 CLAIM = 'namespace="ns", persistentvolumeclaim="data"'
@@ -156,6 +158,31 @@ CASES: Mapping[str, Case] = {
             # A pod that started a quarter of an hour ago.
             f'nvmesh_csi_node_heavy_operations{{{DRIVER}, node="n2", state="waiting"}}': "_x45 3x300",
         },
+        {"node": "n1"},
+    ),
+    # A storage machine that boots is away for less than two minutes.
+    "NvmeVolumesWait": Case(
+        {f'{VOLUMES}"no_path"}}': "3x300", f'{VOLUMES}"ready"}}': "5x300"},
+        {f'{VOLUMES}"no_path"}}': "0x58 3 3 0x300", f'{VOLUMES}"ready"}}': "8x300"},
+        {"node": "n1"},
+    ),
+    "NvmePathsDown": Case(
+        {f'{PATHS}"live"}}': "3x300", f'{PATHS}"connecting"}}': "0x10 1x300", f'{PATHS}"missing"}}': "0x300"},
+        {f'{PATHS}"live"}}': "4x300", f'{PATHS}"connecting"}}': "0x52 1x300"},
+        {"node": "n1"},
+    ),
+    "NvmePathsFlap": Case(
+        {f"nvmesh_csi_nvme_reconnects_total{{{NODE}}}": "0+1x300"},
+        # All paths of a node, once.
+        {f"nvmesh_csi_nvme_reconnects_total{{{NODE}}}": "0x30 16x300"},
+        {"node": "n1"},
+    ),
+    "NvmeVolumesFenced": Case(
+        {f'{VOLUMES}"fenced"}}': "1x300"}, {f'{VOLUMES}"fenced"}}': "0x50 1x300"}, {"node": "n1"}
+    ),
+    "NvmeOrphans": Case(
+        {f"nvmesh_csi_nvme_orphans{{{NODE}}}": "1x300"},
+        {f"nvmesh_csi_nvme_orphans{{{NODE}}}": "0x35 1x300"},
         {"node": "n1"},
     ),
     "PoolNearlyFull": Case(pool("500x300", available="40x300"), pool("500x300", available="60x300"), {"pod": "s"}),

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from prometheus_client import Counter, Gauge, Histogram
 
+from csi_driver.host_model import NvmeStates
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric, Reading
 from tests.documents import anchors
@@ -63,6 +64,7 @@ def every_metric() -> Iterator[Metric]:
     yield from metrics.background(())
     yield from metrics.node(dict, lambda: (0, 0), 4)
     yield from metrics.registration(lambda: True, dict)
+    yield metrics.NvmeMetrics(lambda: NvmeStates({"ready": 1}, {"live": 1}, 0, 0, 0, 0))
     yield from metrics.storage(dict, lambda: 0, lambda: 0)
     yield from metrics.Cuts(()).measurements(lambda: 0)
     yield from metrics.process(version="", role="", driver_name="")
@@ -80,7 +82,7 @@ def own() -> dict[str, set[str]]:
                 suffix = "_total" if described.type == "counter" else ""
                 found[described.name + suffix] = set(each._labelnames)
             case _:
-                found |= {sample.name: set() for family in each.collect() for sample in family.samples}
+                found |= {sample.name: set(sample.labels) for family in each.collect() for sample in family.samples}
     return found
 
 

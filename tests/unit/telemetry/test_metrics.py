@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from csi_driver.host_model import NvmeStates
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import ManagementMetrics, Metric, Reading, exposition
 
@@ -36,6 +37,20 @@ def test_a_metric_without_samples_is_named() -> None:
         "nvmesh_csi_node_volumes": 0,
         "nvmesh_csi_node_heavy_operations": 2,
         "nvmesh_csi_node_heavy_operations_limit": 1,
+    }
+
+
+def test_nvme_volumes_are_read_once_for_all_metrics() -> None:
+    reads: list[NvmeStates] = [NvmeStates({"ready": 2, "fenced": 1}, {"live": 4, "missing": 1}, 7, 3, 5, 6)]
+    assert parsed(metrics.NvmeMetrics(reads.pop)) == {
+        ("nvmesh_csi_nvme_volumes", (("state", "ready"),)): 2,
+        ("nvmesh_csi_nvme_volumes", (("state", "fenced"),)): 1,
+        ("nvmesh_csi_nvme_paths", (("state", "live"),)): 4,
+        ("nvmesh_csi_nvme_paths", (("state", "missing"),)): 1,
+        ("nvmesh_csi_nvme_orphans", ()): 7,
+        ("nvmesh_csi_nvme_reconnects_total", ()): 3,
+        ("nvmesh_csi_nvme_failovers_total", ()): 5,
+        ("nvmesh_csi_nvme_requeued_io_total", ()): 6,
     }
 
 
