@@ -178,10 +178,11 @@ class NvmeTarget:
         closed = [place.number for place in self._close_ports(nqn)]
         for number in {*closed, *(_port_number(export.port, at) for at in range(MOST_ADDRESSES))}:
             self._remove_port(number)
-        if not files.has(_subsystem(nqn)):
-            return
-        for host in files.names(f"{_subsystem(nqn)}/allowed_hosts"):
+        is_there = files.has(_subsystem(nqn))
+        for host in {*export.hosts, *(files.names(f"{_subsystem(nqn)}/allowed_hosts") if is_there else ())}:
             self._forbid(nqn, host)
+        if not is_there:
+            return
         if files.has(_namespace(nqn)):
             self._disable(nqn)
             files.remove(_namespace(nqn))
@@ -279,10 +280,13 @@ class NvmeTarget:
                 self.files.remove(_port(number))
 
     def _forbid(self, nqn: str, host: str) -> None:
+        link = f"{_subsystem(nqn)}/allowed_hosts/{host}"
         with self._hosts:
-            self.files.unlink(f"{_subsystem(nqn)}/allowed_hosts/{host}")
-            with contextlib.suppress(SystemCallFailed):  # another export has it
-                self.files.remove(f"hosts/{host}")
+            if self.files.has(link):
+                self.files.unlink(link)
+            if self.files.has(f"hosts/{host}"):
+                with contextlib.suppress(SystemCallFailed):  # another export has it
+                    self.files.remove(f"hosts/{host}")
 
     def _disable(self, nqn: str) -> None:
         if self.files.has(_namespace(nqn)):

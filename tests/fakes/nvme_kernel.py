@@ -120,6 +120,8 @@ class NvmeKernel:
         """Called before each change; what it raises ends the program that makes the change there."""
         self.on_drop: list[Callable[[Controller], None]] = []
         """Called when the target has closed the connections of a controller."""
+        self.on_change: list[Callable[[], None]] = []
+        """Called after each change of configfs."""
         self.lock = threading.RLock()
         self.configfs: Configfs = _FakeConfigfs(self)
         self._numbers = 0
@@ -197,7 +199,8 @@ class NvmeKernel:
     @staticmethod
     def _show(found: dict[int, list[Connection]], each: Controller, state: SocketState, *, is_owned: bool) -> None:
         for queue in range(each.queues + 1) if each.port in found else ():
-            peer = f"{each.address}:{40000 + each.number * 100 + queue}"
+            address = f"[{each.address}]" if ":" in each.address else each.address
+            peer = f"{address}:{40000 + each.number * 100 + queue}"
             found[each.port].append(Connection(each.port, peer, state, is_owned))
 
     def give_up(self, controller: Controller) -> None:
@@ -467,6 +470,7 @@ class _FakeConfigfs(Configfs):
     def write(self, path: str, text: str) -> None:
         with system_call(f"write {path}"):
             self._kernel.write_attribute(path, text)
+        self._tell()
 
     def protect(self, path: str) -> None:
         with system_call(f"protect {path}"):
@@ -483,15 +487,23 @@ class _FakeConfigfs(Configfs):
     def make(self, path: str) -> None:
         with system_call(f"make {path}"):
             self._kernel.make(path)
+        self._tell()
 
     def remove(self, path: str) -> None:
         with system_call(f"remove {path}"):
             self._kernel.remove(path)
+        self._tell()
 
     def link(self, target: str, path: str) -> None:
         with system_call(f"link {path}"):
             self._kernel.link(target, path)
+        self._tell()
 
     def unlink(self, path: str) -> None:
         with system_call(f"unlink {path}"):
             self._kernel.unlink(path)
+        self._tell()
+
+    def _tell(self) -> None:
+        for tell in self._kernel.on_change:
+            tell()
