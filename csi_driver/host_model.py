@@ -68,7 +68,7 @@ class VolumeStatus:
     `refusal`: why the device must not be used. `io_enabled`: only when True may the device be opened, otherwise reads
     hang or fail after 30 s. `preempted`: another client's reservation blocks I/O until the volume is detached.
     `details` repeats the client's fields when something is wrong. `holders`: the staging paths for which this node
-    itself connected the volume by NVMe/TCP; None: a storage client attached it.
+    itself connected the volume by NVMe/TCP, to the subsystem `nqn`; None: a storage client attached it.
     """
 
     name: str
@@ -80,6 +80,7 @@ class VolumeStatus:
     preempted: bool = False
     details: str = ""
     holders: tuple[str, ...] | None = None
+    nqn: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ class StorageClient:
     """The storage client of this machine; `uuid` is None while it does not run, also during an upgrade.
 
     `is_expected`: a client is installed, so it comes back. `problem`: why a running client is unusable.
-    `volume_limit`: how many volumes can be attached, 0 = no limit.
+    `volume_limit`: how many volumes can be attached, 0 = no limit. `connects`: this machine needs no client, as it
+    connects its volumes itself by NVMe/TCP; `problem`: why it cannot.
     """
 
     uuid: str | None
@@ -95,6 +97,7 @@ class StorageClient:
     is_upgrading: bool = False
     problem: str = ""
     volume_limit: int = 0
+    connects: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from csi_driver import driver_version
@@ -22,13 +22,14 @@ from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH, thread_pools
 from csi_driver.rpc.server import Server, Termination
-from csi_driver.settings import AttachBy, EndpointSettings
+from csi_driver.settings import NVME_DIRECTORY, AttachBy, EndpointSettings
 from csi_driver.telemetry import metrics, tracing
 from csi_driver.telemetry.pages import serving
 
 if TYPE_CHECKING:
     from csi_driver.controller.features import ZoneFeatures
     from csi_driver.controller.ports import Clusters
+    from csi_driver.host.connectors.nvme_paths import PathKeeper
     from csi_driver.management.clusters import FileClusters, OneCluster
     from csi_driver.node.node_info import NodeZone
     from csi_driver.node.ports import Attachments
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from csi_driver.reporting import Reporter
     from csi_driver.settings import ApiSettings, ControllerSettings
     from csi_driver.telemetry.pages import Check
+
+_PATHS_INTERVAL_S = 1.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -185,7 +188,8 @@ def run_node(command: NodeCommand) -> int:
 
 def _run_node(command: NodeCommand, reporter: Reporter) -> int:
     requests = metrics.ManagementMetrics()
-    use_cases = _node_use_cases(command, requests, reporter)
+    keeper = _path_keeper(command, lambda: use_cases.identity.info().node_id)
+    use_cases = _node_use_cases(command, keeper, requests, reporter)
 
     def background(boundary: Boundary) -> ExitStack:
         reconcile = partial(use_cases.reconcile.sweep, boundary.lock_volume)
@@ -194,6 +198,8 @@ def _run_node(command: NodeCommand, reporter: Reporter) -> int:
             Periodic("usage-records", use_cases.record_cleanup.sweep, command.node.reconcile_interval_s),
             *_node_object_loops(command, use_cases),
         ]
+        if keeper is not None:
+            loops.append(Periodic("nvme-paths", keeper.keep, _PATHS_INTERVAL_S))
         with ExitStack() as running:
             for loop in loops:
                 running.enter_context(loop)
@@ -266,7 +272,20 @@ def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Pe
     return loops
 
 
-def _node_use_cases(command: NodeCommand, requests: metrics.ManagementMetrics, reporter: Reporter) -> NodeUseCases:
+def _path_keeper(command: NodeCommand, node_id: Callable[[], str]) -> PathKeeper | None:
+    """Return the keeper of the volumes that this node connects by NVMe/TCP; None where it connects none."""
+    given = command.paths.nvme_directory
+    if given is None and not NVME_DIRECTORY.is_dir():
+        return None
+    from csi_driver.host.connectors.nvme import NvmeVolumes
+    from csi_driver.host.connectors.nvme_paths import PathKeeper
+
+    return PathKeeper(NvmeVolumes(cache(node_id), command.paths.device_directory, given or NVME_DIRECTORY))
+
+
+def _node_use_cases(
+    command: NodeCommand, keeper: PathKeeper | None, requests: metrics.ManagementMetrics, reporter: Reporter
+) -> NodeUseCases:
     from csi_driver.host.connectors.loop import LoopDevices, ReadOnlyLoops
     from csi_driver.host.devices import LinuxDevices
     from csi_driver.host.filesystem import LinuxFilesystems
@@ -281,7 +300,7 @@ def _node_use_cases(command: NodeCommand, requests: metrics.ManagementMetrics, r
     tools = MachineTools(command.paths.path_roots)
     for warning in tools.warnings():
         _LOG.warning("%s", warning)
-    devices = LinuxDevices(command.paths.device_directory, command.paths.status_directory)
+    devices = LinuxDevices(command.paths.device_directory, command.paths.status_directory, keeper=keeper)
     paths = LinuxPaths(command.paths.path_roots)
     use_cases = assemble(
         devices=devices,

@@ -252,6 +252,7 @@ DEVICE_DIRECTORY = Flag(
 STATUS_DIRECTORY = Flag(
     Path("/proc/nvmeibc"), "--status-directory", read_directory, "Directory with the storage client's status files."
 )
+NVME_DIRECTORY = Path("/run/nvmesh-csi/nvme")
 STATE_DIRECTORY = Flag(
     Path(),
     "--state-directory",
@@ -328,6 +329,14 @@ class NodePaths:
     path_roots: tuple[Path, ...] = PATH_ROOT.field()
     device_directory: Path = DEVICE_DIRECTORY.field()
     status_directory: Path = STATUS_DIRECTORY.field()
+    nvme_directory: Path | None = flag(
+        None,
+        "--nvme-directory",
+        read_directory,
+        "Connect volumes that are exported over NVMe/TCP, and keep the records of the connections in this directory of"
+        " the host. It must be empty after a reboot, and the same for all drivers of a node.",
+        shown=f"{NVME_DIRECTORY}, if it exists; else no volume is connected",
+    )
     registration_directory: Path | None = flag(
         None,
         "--kubelet-registration-directory",

@@ -53,9 +53,9 @@ def _methods(*effects: str, reads: str = "") -> Methods:
 PORTS: Mapping[str, Methods] = MappingProxyType(
     {
         "devices": _methods(
-            "set_read_only",
+            "connect", "disconnect", "remove_orphan", "set_read_only",
             reads="wait_for find open is_claimed is_open describe_openers size_bytes uuid_of client unnamed present "
-            "status reference_ids path_of name_of",
+            "status reference_ids path_of name_of connection connected orphans",
         ),
         "read_only_devices": _methods("over", "release", "release_left_over", reads="present"),
         "encryption": _methods(

@@ -19,7 +19,7 @@ from pathlib import Path
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host import ioctls
-from csi_driver.host.syscalls import fd_path, open_file, read_file, system_call
+from csi_driver.host.syscalls import fd_path, read_file, system_call
 from csi_driver.host_model import DeviceNumber
 
 SYS_DEV_BLOCK = Path("/sys/dev/block")
@@ -97,9 +97,9 @@ def _make_node(node: Path, number: DeviceNumber) -> None:
     os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(number.major, number.minor))
 
 
-def open_number(number: DeviceNumber, directory: Path) -> int:
+def open_number(number: DeviceNumber, directory: Path, flags: int = 0) -> int:
     """Open a device read-only by its number, if need be by a temporary node in `directory`. Raises OSError."""
-    flags = os.O_RDONLY | os.O_NONBLOCK
+    flags |= os.O_RDONLY | os.O_NONBLOCK
     for line in read_text(SYS_DEV_BLOCK / str(number) / "uevent").split("\n"):
         if line.startswith("DEVNAME="):
             with contextlib.suppress(OSError):
@@ -112,8 +112,18 @@ def open_number(number: DeviceNumber, directory: Path) -> int:
 
 def is_claimed(path: Path) -> bool:
     """Tell if a mount or a program has the device open exclusively (O_EXCL); False when the device is gone."""
+    return _is_busy(path, lambda: os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def is_number_claimed(number: DeviceNumber, directory: Path) -> bool:
+    """As `is_claimed`, for a device that may have no node; one is made in `directory` for a moment."""
+    return _is_busy(f"device {number}", lambda: open_number(number, directory, os.O_EXCL))
+
+
+def _is_busy(what: object, opened: Callable[[], int]) -> bool:
     try:
-        os.close(open_file(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK))
+        with system_call(f"open {what}"):
+            os.close(opened())
     except SystemCallFailed as failure:
         if failure.errno in (errno.EBUSY, *NOT_READY):
             return failure.errno == errno.EBUSY

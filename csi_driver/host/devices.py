@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices of volumes: found by name, identified by evidence, and opened with the identity verified.
 
-The evidence is the client's `status.json`, a loop device's label, and the SCSI serial number; udev's database may be
+The evidence is the client's `status.json`, a loop device's label, and the SCSI serial number; of a volume that this
+node connected itself, the record of the connection and what the kernel says of the device. udev's database may be
 outdated and is not read. All evidence must agree; without any, nothing is written.
 
 The client's status is read before a device is opened, because opening a device without I/O may hang forever. When I/O
@@ -13,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock, Deadline
 from csi_driver.errors import DeadlineReached, IdentityNotProven, InvalidField, PreconditionFailed, SystemCallFailed
@@ -26,12 +28,30 @@ from csi_driver.host.connectors import device_mapper, loop, nvmesh
 from csi_driver.host.connectors.nvmesh import DeviceEvidence
 from csi_driver.host.mount_table import openers
 from csi_driver.host.syscalls import closing, open_file, system_call
-from csi_driver.host_model import Device, DeviceNumber, OpenDevice, StorageClient, VolumeStatus
+from csi_driver.host_model import (
+    ConnectOptions,
+    Device,
+    DeviceNumber,
+    NvmeOrphan,
+    OpenDevice,
+    StorageClient,
+    VolumeStatus,
+)
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
+
+if TYPE_CHECKING:
+    from csi_driver.host.connectors.nvme_paths import PathKeeper
+    from csi_driver.nvme_model import NvmeExport
+
+NVME_VOLUME_LIMIT = 500
+"""Volumes of one node; each takes a controller and its queues for every path."""
 
 
 class LinuxDevices:
-    """Devices of volumes on this machine. Methods as in `csi_driver.node.ports.Devices`."""
+    """Devices of volumes on this machine. Methods as in `csi_driver.node.ports.Devices`.
+
+    `keeper`: of the volumes that this machine connects by NVMe/TCP; None where it does not.
+    """
 
     def __init__(
         self,
@@ -41,8 +61,10 @@ class LinuxDevices:
         clock: Clock = SYSTEM_CLOCK,
         udev_control: Path = Path("/run/udev/control"),
         status_files: nvmesh.StatusFiles | None = None,
+        keeper: PathKeeper | None = None,
     ) -> None:
         self._root = device_root
+        self._keeper, self._nvme = keeper, keeper.volumes if keeper is not None else None
         self._status = status_files or nvmesh.StatusFiles(status_root)
         self._clock = clock
         self._udev_control = udev_control
@@ -91,7 +113,7 @@ class LinuxDevices:
         return replace(device, uuid=evidence.uuid_for(uuid)), ""
 
     def _absence(self, name: str) -> str:
-        status = self._status.volume(name)
+        status = self._volume(name)
         if status is None or os.path.lexists(self.path_of(name)):
             return "it is absent or has no size yet"
         return (
@@ -108,14 +130,14 @@ class LinuxDevices:
         return "the storage client runs"
 
     def _look_at(self, name: str, path: Path) -> tuple[Device, DeviceEvidence] | None:
-        status = self._status.volume(name)
+        status = self._volume(name)
         try:
             with system_call(f"open {path}"):
                 if status is not None and status.io_enabled is not True:
                     node = os.stat(path)
                     is_device = stat.S_ISBLK(node.st_mode)
                     number = ioctls.device_number(node.st_rdev)
-                    return _describe_unopened(name, path, number, status) if is_device else None
+                    return self._describe_unopened(name, path, number, status) if is_device else None
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except SystemCallFailed as failure:
             if failure.errno in NOT_READY:
@@ -134,28 +156,46 @@ class LinuxDevices:
         if size == 0:
             return None
         number = ioctls.device_number(opened.st_rdev)
-        with self._identifying(fd, number) as (identifying, is_loop):
-            evidence = DeviceEvidence(
-                status=status,
-                label_uuid=loop.claimed_uuid(identifying) if is_loop else None,
-                serial=None if is_loop else nvmesh.read_serial(identifying),
-                is_loop=is_loop,
-            )
+        with self._identifying(fd, number) as (identifying, base):
+            evidence = self._evidence(identifying, base, status)
         read_only, uuid, block_bytes = ioctls.is_read_only(fd), evidence.uuid(), ioctls.logical_block_bytes(fd)
         refusal, disk_sequence = evidence.write_refusal(), ioctls.disk_sequence(fd)
         return Device(name, path, number, size, read_only, uuid, block_bytes, refusal, disk_sequence), evidence
 
+    def _evidence(self, fd: int, number: DeviceNumber, status: VolumeStatus | None) -> DeviceEvidence:
+        if self._nvme is not None and status is not None and status.holders is not None:
+            return DeviceEvidence(status, self._nvme.evidence_of(number), is_labelled=True)
+        if number.major == loop.LOOP_MAJOR:
+            return DeviceEvidence(status, loop.claimed_uuid(fd), is_labelled=True)
+        return DeviceEvidence(status, serial=nvmesh.read_serial(fd))
+
+    def _describe_unopened(
+        self, name: str, path: Path, number: DeviceNumber, status: VolumeStatus
+    ) -> tuple[Device, DeviceEvidence] | None:
+        size = block_devices.size_bytes(number)
+        if not size or self._is_left_behind(number, status):
+            return None
+        evidence = DeviceEvidence(status)
+        read_only = block_devices.sys_number(number, "ro") == 1
+        block_bytes = block_devices.sys_number(number, "queue/logical_block_size") or 4096
+        refusal, disk_sequence = evidence.write_refusal(), block_devices.sys_number(number, "diskseq")
+        return Device(name, path, number, size, read_only, status.uuid, block_bytes, refusal, disk_sequence), evidence
+
+    def _is_left_behind(self, number: DeviceNumber, status: VolumeStatus) -> bool:
+        """Return whether the node of a connected volume is of an earlier device; another one may have its number."""
+        return self._nvme is not None and status.holders is not None and self._nvme.evidence_of(number) != status.uuid
+
     @contextlib.contextmanager
-    def _identifying(self, fd: int, number: DeviceNumber) -> Iterator[tuple[int, bool]]:
-        """Give the device itself or the one below an encrypted one, and whether that is a loop device."""
+    def _identifying(self, fd: int, number: DeviceNumber) -> Iterator[tuple[int, DeviceNumber]]:
+        """Give the device itself, or the one below an encrypted one."""
         below = device_mapper.below(number)
         if below is None:
-            yield fd, number.major == loop.LOOP_MAJOR
+            yield fd, number
             return
         with system_call(f"open the device {below} under {number}"):
             opened = self.open_number(below)
         with closing(opened):
-            yield opened, below.major == loop.LOOP_MAJOR
+            yield opened, below
 
     @contextlib.contextmanager
     def open(self, device: Device, *, write: bool = False, exclusive: bool = False) -> Iterator[OpenDevice]:
@@ -178,7 +218,7 @@ class LinuxDevices:
             yield OpenDevice(fd, self._verified(fd, device, write=write))
 
     def _verified(self, fd: int, device: Device, *, write: bool) -> Device:
-        seen = self._describe(device.name, device.path, fd, self._status.volume(device.name))
+        seen = self._describe(device.name, device.path, fd, self._volume(device.name))
         if seen is None:
             raise PreconditionFailed(f"{device.path} has no size now, expected {device.size_bytes} bytes")
         found, evidence = seen
@@ -193,7 +233,7 @@ class LinuxDevices:
             if is_now != was:
                 raise PreconditionFailed(f"{device.path} claims {what} {is_now}, expected {was}")
         if write and not evidence.proves():
-            if not evidence.is_loop:
+            if not evidence.is_labelled:
                 raise IdentityNotProven(device.path, self._silence())
             raise PreconditionFailed(f"{device.path}: nothing on this machine proves which volume it is")
         return found if found.uuid is not None else device
@@ -227,6 +267,8 @@ class LinuxDevices:
     def uuid_of(self, number: DeviceNumber) -> str | None:
         """Return the uuid that the device has; a serial number, a part of it, is completed by the client's status."""
         number = device_mapper.below(number) or number
+        if self._nvme is not None and (uuid := self._nvme.evidence_of(number)) is not None:
+            return uuid  # from sysfs, which does not wait for the storage
         status = self.status(self.name_of(number) or "")
         if status is not None and status.io_enabled is not True:
             return None
@@ -257,30 +299,33 @@ class LinuxDevices:
 
     def client(self) -> StorageClient:
         """Return the state of the storage client; hidden attachments, without a device, lower the limit of volumes."""
-        client, devices = self._status.client(), self._nodes()
+        client, devices = self._status.client(), self._nodes() - self.connected()
         limit = client.volume_limit
         if limit:
             limit = max(1, limit - len(self._status.shown() - devices))
-        return replace(client, is_expected=client.is_expected or bool(devices), volume_limit=limit)
+        client = replace(client, is_expected=client.is_expected or bool(devices), volume_limit=limit)
+        if self._nvme is None or client.is_expected:
+            return client
+        return replace(client, connects=True, problem=self._nvme.why_not(), volume_limit=NVME_VOLUME_LIMIT)
 
     def unnamed(self) -> tuple[str, ...]:
         # This driver attaches under an id of the handle, other programs under the volume's uuid. So did the drivers up
         # to 1.4; their volumes are known by name.
         found = []
-        for name in self._nodes():
+        for name in self._nodes() - self.connected():
             ids = self.reference_ids(name)
             if ids and all(map(is_uuid, ids)) and not name.startswith(CSI_NAME_PREFIX):
                 found.append(self._status.volume(name))
         return tuple(status.uuid for status in found if status is not None)
 
     def present(self) -> dict[str, str] | None:
-        client = self._status.client()
-        if client.uuid is None or client.is_upgrading or client.problem:
+        client = self._status.client() if self._nvme is None else self.client()
+        if (client.uuid is None and not client.connects) or client.is_upgrading or client.problem:
             return None
         nodes = self._nodes()
         found: dict[str, str] = {}
-        for name in filter(is_volume_name, nodes | self._status.shown()):
-            status = self._status.volume(name)
+        for name in filter(is_volume_name, nodes | self._status.shown() | self.connected()):
+            status = self._volume(name)
             device = self.find(name) if status is None and name in nodes else None
             uuid = status.uuid if status is not None else device.uuid if device is not None else None
             if uuid is not None:
@@ -290,20 +335,52 @@ class LinuxDevices:
         return found
 
     def status(self, name: str) -> VolumeStatus | None:
-        return self._status.volume(name) if is_volume_name(name) else None
+        return self._volume(name) if is_volume_name(name) else None
+
+    def _volume(self, name: str) -> VolumeStatus | None:
+        return self.connection(name) or self._status.volume(name)
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         return self._status.reference_ids(name) if is_volume_name(name) else None
 
+    def connect(
+        self,
+        name: str,
+        uuid: str,
+        export: NvmeExport,
+        size_bytes: int,
+        holder: str,
+        options: ConnectOptions,
+        *,
+        deadline: Deadline,
+    ) -> None:
+        self.path_of(name)
+        if self._nvme is None:
+            raise PreconditionFailed(
+                f"volume {name} is exported over NVMe/TCP, and this node is not set up to connect it: expected the"
+                " directory of --nvme-directory at the start of the driver; with Helm, set storage.nvme"
+            )
+        self._nvme.connect(name, uuid, export, size_bytes, holder, options, deadline=deadline)
 
-def _describe_unopened(
-    name: str, path: Path, number: DeviceNumber, status: VolumeStatus
-) -> tuple[Device, DeviceEvidence] | None:
-    size = block_devices.size_bytes(number)
-    if not size:
-        return None
-    evidence = DeviceEvidence(status)
-    read_only = block_devices.sys_number(number, "ro") == 1
-    block_bytes = block_devices.sys_number(number, "queue/logical_block_size") or 4096
-    refusal, disk_sequence = evidence.write_refusal(), block_devices.sys_number(number, "diskseq")
-    return Device(name, path, number, size, read_only, status.uuid, block_bytes, refusal, disk_sequence), evidence
+    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
+        if self._nvme is not None:
+            self._nvme.disconnect(name, holder, deadline=deadline)
+
+    def connection(self, name: str) -> VolumeStatus | None:
+        return self._nvme.volume(name) if self._nvme is not None else None
+
+    def connected(self) -> frozenset[str]:
+        return self._nvme.names() if self._nvme is not None else frozenset()
+
+    def orphans(self) -> Sequence[NvmeOrphan]:
+        return self._keeper.orphans() if self._keeper is not None else ()
+
+    def remove_orphan(self, orphan: NvmeOrphan, *, deadline: Deadline) -> bool:
+        name = self.name_of(orphan.number) if orphan.number is not None else None
+        is_claimed = orphan.number is not None and block_devices.is_number_claimed(orphan.number, self._root)
+        if self._nvme is None or is_claimed:
+            return False
+        self._nvme.end_subsystem(orphan.nqn, deadline)
+        if name is not None:
+            self.path_of(name).unlink(missing_ok=True)
+        return True

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from csi_driver.errors import InvalidField, PreconditionFailed, VolumeNotFound
-from csi_driver.host_model import Device, DeviceNumber, LuksMapping, Mount
+from csi_driver.host_model import Device, DeviceNumber, LuksMapping, Mount, VolumeStatus
 from csi_driver.model import EMPTY, VolumeHandle
 from csi_driver.node.ports import Devices, Encryption, Mounts
 from csi_driver.publish_context import PublishContext, held_reference
@@ -85,7 +85,7 @@ class VolumeDevice:
 
 
 class AttachmentState(Enum):
-    """Whether a volume is attached to this node, from the status files of the client."""
+    """Whether a volume is attached to this node: by the client's status files, or by the kernel's own connections."""
 
     ATTACHED = "attached"
     WITHDRAWN = "detached, but its device may carry I/O"
@@ -97,6 +97,9 @@ class AttachmentState(Enum):
 
 def attachment_state(devices: Devices, handle: VolumeHandle, uuid: str) -> AttachmentState:
     """Return the state of the staged volume `uuid` under the reference ID of the handle."""
+    connection = devices.connection(handle.name)
+    if connection is not None:
+        return _connection_state(connection, uuid)
     if not _is_conclusive(devices):
         return AttachmentState.UNKNOWN
     status, references = devices.status(handle.name), devices.reference_ids(handle.name)
@@ -115,8 +118,18 @@ def attachment_state(devices: Devices, handle: VolumeHandle, uuid: str) -> Attac
     return AttachmentState.FENCED if status.io_enabled is False else AttachmentState.WITHDRAWN
 
 
+def _connection_state(connection: VolumeStatus, uuid: str) -> AttachmentState:
+    """Return the state of a volume that this node connected. Without a path it is still attached, and waits."""
+    if connection.uuid != uuid.lower():
+        return AttachmentState.WITHDRAWN
+    return AttachmentState.FENCED if connection.preempted else AttachmentState.ATTACHED
+
+
 def is_cut_off(devices: Devices, name: str) -> bool:
     """Return whether a volume was preempted or lost I/O and references. Check it twice."""
+    connection = devices.connection(name)
+    if connection is not None:
+        return connection.preempted
     if not _is_conclusive(devices):
         return False
     status = devices.status(name)

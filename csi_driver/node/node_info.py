@@ -36,9 +36,13 @@ class NodeIdentity:
 
     def _client_id(self) -> str | None:
         """Return the client's UUID, or its last one: a node must not change its ID."""
-        client = self.devices.client()
-        if client.uuid is not None:
-            self._client_uuid, self._client_limit = client.uuid, client.volume_limit
+        client, name = self.devices.client(), self.settings.node_name
+        if client.connects and name != name.lower():
+            raise PreconditionFailed(
+                f"node name {name}: expected no capital letters, as the storage knows this node by it; set --node-name"
+            )
+        if client.uuid is not None or client.connects:
+            self._client_uuid, self._client_limit = client.uuid or self._client_uuid, client.volume_limit
         if self._client_uuid is None and client.is_expected:
             state = "is being upgraded, or starts" if client.is_upgrading else "is not running yet (no status files)"
             raise StorageUnavailable(f"the storage client of this node {state}: its uuid, the node's id, is not known")

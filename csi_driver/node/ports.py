@@ -14,6 +14,7 @@ from typing import Protocol
 
 from csi_driver.deadline import Deadline
 from csi_driver.host_model import (
+    ConnectOptions,
     Content,
     DamagedHeader,
     Device,
@@ -23,12 +24,14 @@ from csi_driver.host_model import (
     LuksMapping,
     LuksSettings,
     Mount,
+    NvmeOrphan,
     OpenDevice,
     ReadOnlyDevice,
     StorageClient,
     VolumeStatus,
 )
 from csi_driver.model import Capability, Usage
+from csi_driver.nvme_model import NvmeExport
 
 
 class Devices(Protocol):
@@ -80,6 +83,37 @@ class Devices(Protocol):
 
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         """Return the reference IDs of this node for the volume; None = not known now."""
+
+    def connect(
+        self,
+        name: str,
+        uuid: str,
+        export: NvmeExport,
+        size_bytes: int,
+        holder: str,
+        options: ConnectOptions,
+        *,
+        deadline: Deadline,
+    ) -> None:
+        """Connect the volume by NVMe/TCP and make its device; may be repeated.
+
+        `holder`: the staging path, kept in the status of the volume until `disconnect`. `size_bytes`: 0 = unknown.
+        Raises `PreconditionFailed` where the target refuses, and `StorageUnavailable`.
+        """
+
+    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
+        """Remove the holder, and the connection with the last one. Raises `StorageUnavailable` while that remains."""
+
+    def connection(self, name: str) -> VolumeStatus | None:
+        """Return the status of a volume that this node connected; None for all others."""
+
+    def connected(self) -> frozenset[str]:
+        """Return the names of the volumes that this node connected."""
+
+    def orphans(self) -> Sequence[NvmeOrphan]: ...
+
+    def remove_orphan(self, orphan: NvmeOrphan, *, deadline: Deadline) -> bool:
+        """End such a connection; False while its device is claimed."""
 
 
 class Attachments(Protocol):

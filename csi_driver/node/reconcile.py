@@ -9,12 +9,13 @@ lazily. Searching and unmounting may hang: both run in a `Watchdog`, and an unmo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, InvalidField, PreconditionFailed, StorageUnavailable
 from csi_driver.host_model import DeviceNumber, Mount
 from csi_driver.node.concurrency import NotResponding, Watchdog
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 SEARCH_TIMEOUT_S = 30.0
 """Time limit of one search; a node with hundreds of volumes takes less than a second."""
+
+_NO_DEVICE = DeviceNumber(0, 0)
 
 LockVolume = Callable[[str], AbstractContextManager[None]]
 """Locks a volume, by name, against all calls; raises `OperationPending` while one runs."""
@@ -43,6 +46,10 @@ class Kind(Enum):
     """Only logged: kubelet calls NodeUnpublishVolume and NodeUnstageVolume."""
     READER = "a read-only device that is published nowhere"
     """A read-only publication of raw block that a crash interrupted. Removed unless it is open."""
+    CONNECTION = "connected by NVMe/TCP, not used, and kubelet has no record of it"
+    """A stage or unstage that kubelet gave up, or a device that was in use at the unstage. Disconnected."""
+    ORPHAN = "an NVMe/TCP connection that no record of this node names"
+    """The records were lost; with them the volume's name. Disconnected unless its device is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,33 @@ class Reconcile:
             name = self.ownership.name_at(reader.over)
             if name is not None and number not in mounted_numbers:
                 yield Finding(Kind.READER, name, reader.over, number)
+        yield from self._unused_connections(mounted_numbers, {reader.over.name for reader in readers.values()})
+
+    def _unused_connections(self, mounted: Collection[DeviceNumber], read: Collection[str]) -> Iterator[Finding]:
+        """Yield connections without a use. `read`: names of volumes with read-only devices over theirs."""
+        devices = self.ownership.devices
+        for name in devices.connected().difference(read):
+            connection = devices.connection(name)
+            if connection is None or not all(map(self._is_forgotten, connection.holders or ())):
+                continue
+            device = devices.find(name)
+            if device is None or (
+                device.number not in mounted and (connection.preempted or devices.is_open(device) is False)
+            ):
+                number = device.number if device is not None else _NO_DEVICE
+                yield Finding(Kind.CONNECTION, name, devices.path_of(name), number)
+        for orphan in devices.orphans():
+            used_by = devices.name_of(orphan.number) if orphan.number is not None else None
+            if orphan.number not in mounted and used_by not in read:
+                yield Finding(Kind.ORPHAN, used_by or orphan.nqn, Path(orphan.nqn), orphan.number or _NO_DEVICE)
+
+    def _is_forgotten(self, staging: str) -> bool:
+        """Return whether kubelet has no record of a staging path. It removes the directory with the record."""
+        path = Path(staging)
+        record = staging_record(path, self.driver_name)
+        if record is None:
+            return False
+        return self.paths.kind(path.parents[2]) == "directory" and self.paths.kind(record) == "absent"
 
     def _kind_or_log(self, name: str, mounted: Mount, table: Sequence[Mount]) -> Kind | None:
         try:
@@ -153,11 +187,26 @@ class Reconcile:
             if is_gone:
                 logger.info("%s: removed", finding)
             return is_gone
+        if finding.kind in (Kind.CONNECTION, Kind.ORPHAN):
+            return self._disconnect(finding)
         while (mounted := self.mounts.at(finding.path)) is not None and number_of(mounted) == finding.number:
             self._unmount(finding)
         self.encrypted.close(NodeVolume(finding.name, finding.name, None))
         logger.info("%s: unmounted", finding)
         return True
+
+    def _disconnect(self, finding: Finding) -> bool:
+        devices, in_time = self.ownership.devices, Deadline.after(SEARCH_TIMEOUT_S)
+        if finding.kind is Kind.ORPHAN:
+            orphans = (orphan for orphan in devices.orphans() if orphan.nqn == str(finding.path))
+            is_gone = all(devices.remove_orphan(orphan, deadline=in_time) for orphan in orphans)
+        else:
+            is_gone, connection = True, devices.connection(finding.name)
+            for holder in (connection.holders if connection is not None else None) or ("",):
+                devices.disconnect(finding.name, holder, deadline=in_time)
+        if is_gone:
+            logger.info("%s: disconnected", finding)
+        return is_gone
 
     def _unmount(self, finding: Finding) -> None:
         try:

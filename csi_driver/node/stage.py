@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,14 +26,15 @@ from csi_driver.errors import (
     StorageUnavailable,
     SystemCallFailed,
 )
-from csi_driver.host_model import Device, Mount
+from csi_driver.host_model import Device, Mount, VolumeStatus
 from csi_driver.model import BlockAccess, MountAccess
 from csi_driver.node import StageRequest
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.format import Preparation, Prepared
-from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, VolumeDevice
+from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, VolumeDevice, is_same
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.publish import STAGING_PATH, SharedReaders, writes_refused
+from csi_driver.parameters.connection import connect_options
 from csi_driver.parameters.encryption import EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
@@ -85,15 +86,15 @@ class Stage:
         locks = plan_encryption(by, request.volume_context, request.secrets)
         if locks is None and passphrase_in(request.secrets) is not None:
             logger.warning("volume %s has a passphrase but encryption is not enabled", volume)
-        if isinstance(request.capability.access, BlockAccess):
-            self._stage_block(volume, path, locks, request, deadline=in_time)
-            return
-        plan = self._plan(request.capability.access, request, volume)
-        mounted = self._usable_mount(volume, path)
-        if mounted is not None:
-            self._accept(mounted, volume, path, plan, by)
-        elif not self.shared_readers.has_joined(volume, path):
-            self._stage_mount(volume, path, plan, locks, deadline=in_time)
+        access = request.capability.access
+        plan = None if isinstance(access, BlockAccess) else self._plan(access, request, volume)
+        with self._connected(volume, path, request.volume_context, deadline=in_time):
+            if plan is None:
+                self._stage_block(volume, path, locks, request, deadline=in_time)
+            elif (mounted := self._usable_mount(volume, path)) is not None:
+                self._accept(mounted, volume, path, plan, by)
+            elif not self.shared_readers.has_joined(volume, path):
+                self._stage_mount(volume, path, plan, locks, deadline=in_time)
 
     def unstage(self, volume_id: str, staging_target_path: str, *, deadline: Deadline) -> None:
         """Unmount the volume from its staging path; leaves a mount of another volume alone.
@@ -111,7 +112,9 @@ class Stage:
         except PreconditionFailed as busy:
             self._report(volume, EventReason.VOLUME_IN_USE, f"volume {volume}: {busy}")
             raise
-        self._require_closed(volume, deadline.earlier(self.settings.answer_margin_s))
+        in_time = deadline.earlier(self.settings.answer_margin_s)
+        self._require_closed(volume, in_time)
+        self._disconnect(volume, path, deadline=in_time)
 
     def _close_encryption(self, volume: NodeVolume) -> None:
         try:
@@ -157,6 +160,80 @@ class Stage:
     def _is_published_raw(self, volume: NodeVolume) -> bool:
         readers = {reader.number for reader in self.read_only_devices.present(volume.name)}
         return bool(readers) and any(found.node_number in readers for found in self.mounts.table())
+
+    @contextmanager
+    def _connected(
+        self, volume: NodeVolume, path: Path, parameters: Mapping[str, str], *, deadline: Deadline
+    ) -> Iterator[None]:
+        """Connect a volume that is exported over NVMe/TCP; if the block fails, disconnect it as `_undone_on_error`."""
+        context = volume.context
+        if context.nvme is None:
+            yield
+            return
+        holder, options = str(path), connect_options(parameters)
+        connection = self._connection(volume)
+        was_held = connection is not None and holder in (connection.holders or ())
+        if connection is not None and connection.nqn != context.nvme.nqn:
+            self._end_earlier(volume, path, connection, deadline)
+        try:
+            self.devices.connect(
+                volume.name, context.uuid, context.nvme, context.size_bytes, holder, options, deadline=deadline
+            )
+            yield
+        except (OperationPending, StorageUnavailable):
+            raise
+        except DriverError as error:
+            if was_held and self._is_used(volume):  # an earlier call has staged it
+                raise
+            try:
+                is_over = self._disconnect(volume, path, deadline=deadline)
+            except DriverError as problem:
+                raise StorageUnavailable(f"{error}; and the cleanup after it failed: {problem}") from error
+            if not is_over:
+                raise StorageUnavailable(f"{error}; and the volume stays connected while its device is used") from error
+            raise
+
+    def _disconnect(self, volume: NodeVolume, path: Path, *, deadline: Deadline) -> bool:
+        """End the use of the connection for a staging path; the last one ends the connection.
+
+        False when it stays because something uses the device, such as an administrator's mount: the node's cleanup
+        ends it later.
+        """
+        connection = self._connection(volume)
+        if connection is None:
+            return True
+        is_last = {str(path)}.issuperset(connection.holders or ())
+        if is_last and not connection.preempted and self._is_used(volume):
+            return False
+        self.devices.disconnect(volume.name, str(path), deadline=deadline)
+        return True
+
+    def _end_earlier(self, volume: NodeVolume, path: Path, connection: VolumeStatus, deadline: Deadline) -> None:
+        """End the connection of an earlier attachment, and its mount.
+
+        That the attachment is over must be proven by the storage, by the number of this one, or by a closed device: a
+        request that was delayed may be older than the connection.
+        """
+        is_over = connection.preempted or self.preparation.why_outdated(volume)
+        if not is_over and self._is_used(volume):
+            raise StorageUnavailable(
+                f"volume {volume} is connected under another attachment ({connection.nqn}) and used; retry when its"
+                " pods have ended"
+            )
+        with suppress(StorageUnavailable):  # its device may be mounted: then only the I/O has ended
+            for holder in connection.holders or ("",):
+                in_time = deadline.at_most(_LOST_CLOSE_TIMEOUT_S)
+                self.devices.disconnect(volume.name, holder, deadline=in_time)
+        self.ownership.unmount(path, volume)
+
+    def _connection(self, volume: NodeVolume) -> VolumeStatus | None:
+        connection = self.devices.connection(volume.name)
+        return connection if connection is not None and is_same(connection.uuid, volume.uuid) else None
+
+    def _is_used(self, volume: NodeVolume) -> bool:
+        """Return whether anything on this node uses the volume's device; not known counts as used."""
+        device = self.ownership.device_of(volume)
+        return device is not None and (self.devices.is_open(device) is not False or self._is_mounted(volume, device))
 
     def _usable_mount(self, volume: NodeVolume, path: Path) -> Mount | None:
         mounted = self.ownership.at(path, volume)

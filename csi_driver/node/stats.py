@@ -118,9 +118,10 @@ class NodeHealth:
         client, problems = self.devices.client(), "; ".join(self.tools.problems())
         found: list[StorageEntry] = []
         if client.problem:
-            message = f"the storage client is unusable: {client.problem}"
+            what = "this node cannot connect volumes" if client.connects else "the storage client is unusable"
+            message = f"{what}: {client.problem}"
             found.append(StorageEntry(StorageFault.STORAGE_UNREACHABLE, Reason.CLIENT_UNUSABLE, message))
-        if client.uuid is None:
+        if client.uuid is None and not client.connects:
             found.append(_client_absent(client))
         if problems:
             found.append(StorageEntry(StorageFault.STORAGE_DEGRADED, Reason.NODE_NOT_EQUIPPED, problems))

@@ -16,6 +16,7 @@ from csi_driver.errors import InvalidRequest, shown
 from csi_driver.model import Capability, MountAccess
 from csi_driver.parameters import encryption, mkfs
 from csi_driver.parameters import values as read
+from csi_driver.parameters.connection import CONNECTION_KEYS, connect_options
 from csi_driver.parameters.encryption import ENCRYPTION_KEYS, NODE_KEYS, EncryptionRequest
 from csi_driver.parameters.mkfs import OPTIONS
 from csi_driver.parameters.mount_options import FS_TYPE, plan_mount
@@ -57,7 +58,9 @@ _CLASS_KEYS, _LIMIT_KEYS = {"diskClasses", "serverClasses"}, {"limitByDisks", "l
 PLACEMENT_KEYS = _CLASS_KEYS | _LIMIT_KEYS | {"domain"}
 _DECIDED_BY_GROUP = {"raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS
 _ANYWHERE_KEYS = {"relativeRebuildPriority", "description", "allowAllocationOnOfflineDrives", "VSGs", OPTIONS, FS_TYPE}
-KNOWN_KEYS = {"vpg", "raidLevel"} | LAYOUT_KEYS | PLACEMENT_KEYS | _ANYWHERE_KEYS | mkfs.MKFS_KEYS | ENCRYPTION_KEYS
+KNOWN_KEYS = {"vpg", "raidLevel", *CONNECTION_KEYS}.union(
+    LAYOUT_KEYS, PLACEMENT_KEYS, _ANYWHERE_KEYS, mkfs.MKFS_KEYS, ENCRYPTION_KEYS
+)
 THIN_KEYS = {
     "volumeClass", "cdvName", "cdvNameRegex", "cdvConfig", "tpvConfig", "tpvExtentSizeKB", "dataTpvExtentSizeKB",
     "metaCdvName", "metaCdvNameRegex", "metaTpvExtentSizeKB",
@@ -65,7 +68,7 @@ THIN_KEYS = {
 _MUTABLE_LISTS = _CLASS_KEYS | _LIMIT_KEYS
 _MUTABLE_DECIDED_BY_GROUP = _MUTABLE_LISTS | {"enableCrcCheck"}
 MUTABLE_KEYS = {"description", "relativeRebuildPriority"} | _MUTABLE_DECIDED_BY_GROUP
-CONTEXT_KEYS = (OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS)
+CONTEXT_KEYS = (OPTIONS, *sorted(mkfs.MKFS_KEYS), *NODE_KEYS, *CONNECTION_KEYS)
 """Parameters that the node needs: they travel in the volume context under their own keys."""
 
 
@@ -124,6 +127,7 @@ def parse(parameters: Mapping[str, str], capabilities: Sequence[Capability] = ()
     context = {key: own[key] for key in CONTEXT_KEYS if key in own}
     fs_type = problems.of(lambda: _fs_type(parameters))
     problems.of(lambda: check_placement(own))
+    problems.of(lambda: connect_options(context))
     _check_filesystem(problems, fs_type, context, capabilities)
 
     def names(key: str) -> tuple[str, ...]:
@@ -175,6 +179,7 @@ def _check_use(
     capability: Capability, items: tuple[tuple[str, str], ...], by: Encryption, *, read_only: bool, is_blank: bool
 ) -> None:
     context, problems = dict(items), read.Problems()
+    problems.of(lambda: connect_options(context))
     if by is not Encryption.NONE:
         problems.of(lambda: encryption.node_settings(by, context))
     access = capability.access

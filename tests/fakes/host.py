@@ -14,6 +14,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
@@ -27,16 +28,19 @@ from csi_driver.errors import (
     SystemCallFailed,
 )
 from csi_driver.host_model import (
+    ConnectOptions,
     Device,
     DeviceNumber,
     Fault,
     FaultKind,
     Mount,
+    NvmeOrphan,
     OpenDevice,
     ReadOnlyDevice,
     StorageClient,
     VolumeStatus,
 )
+from csi_driver.nvme_model import NvmeExport
 from tests.fakes.disks import MIB, FakeDisk, MountEntry
 from tests.fakes.filesystems import FakeFilesystems, FakeMounts
 from tests.fakes.luks import MAPPER_DIRECTORY, FakeEncryption
@@ -71,6 +75,11 @@ class FakeHost:
         self.client_problem = ""
         self.client_limit = 0
         self.unnamed_attachments: tuple[str, ...] = ()
+        self.exports: dict[str, FakeDisk] = {}
+        """Disks of the storage that this node may connect, by the NQN of its attachment."""
+        self.connections: dict[str, FakeConnection] = {}
+        """By the name of the volume."""
+        self.orphans: list[NvmeOrphan] = []
         self._minors = itertools.count(1)
         self.devices = FakeDevices(self)
         self.encryption = FakeEncryption(self)
@@ -140,6 +149,9 @@ class FakeHost:
         self.table.clear()
         self.readers.clear()
         self.mappers.clear()
+        for name in self.connections:
+            self.detach(name)
+        self.connections.clear()
         for disk in self.disks.values():
             disk.claimed = None
             disk.read_only = False
@@ -214,6 +226,17 @@ class FakeHost:
         return DeviceNumber(major, next(self._minors))
 
 
+@dataclass
+class FakeConnection:
+    """A volume that the node connected. `is_refused`: its storage does not let the node in any more."""
+
+    nqn: str
+    uuid: str
+    holders: list[str] = field(default_factory=list)
+    is_refused: bool = False
+    has_path: bool = True
+
+
 class FakeDevices:
     def __init__(self, host: FakeHost) -> None:
         self._host = host
@@ -221,8 +244,9 @@ class FakeDevices:
 
     def wait_for(self, name: str, uuid: str | None, *, deadline: Deadline) -> Device:
         def is_ready() -> bool:
-            device = self.find(name)
-            return device is not None and device.uuid is not None and self._host.disks[name].is_usable
+            device, status = self.find(name), self.status(name)
+            has_io = status is None or status.io_enabled is True
+            return device is not None and device.uuid is not None and has_io
 
         if not deadline.wait_until(is_ready):
             raise DeadlineReached(f"the device of volume {name}")
@@ -245,7 +269,7 @@ class FakeDevices:
             raise PreconditionFailed(f"{device.path} is not the device that was found")
         if disk.size_bytes != device.size_bytes:
             raise PreconditionFailed(f"{device.path} has {disk.size_bytes} bytes, expected {device.size_bytes}")
-        if not disk.is_usable:
+        if self.is_claimed(device) is None:
             raise PreconditionFailed(f"{device.path} carries no I/O")
         if write and disk.as_device().uuid is None:
             raise IdentityNotProven(device.path, "there is no evidence")
@@ -274,13 +298,15 @@ class FakeDevices:
         disk = self._host.by_number(device.number)
         if disk is None:
             return False
-        if not disk.is_usable:
+        connection = self.connection(device.name)
+        if not disk.is_usable or (connection is not None and connection.io_enabled is not True):
             return None
         return disk.claimed is not None or self._host.is_mounted(disk) or self._host.is_mapped(disk)
 
     def is_open(self, device: Device) -> bool | None:
         disk = self._host.by_number(device.number)
-        return disk is not None and (disk.opened_by_others > 0 or self.is_claimed(device) is True)
+        is_claimed = self.is_claimed(device)
+        return is_claimed if disk is None or not disk.opened_by_others else True
 
     def describe_openers(self, device: Device) -> str:
         return "by pid 4711 (sh)"
@@ -327,7 +353,81 @@ class FakeDevices:
 
     def status(self, name: str) -> VolumeStatus | None:
         disk = self._host.disks.get(name)
-        return disk.status if disk is not None else None
+        return self.connection(name) or (disk.status if disk is not None else None)
+
+    def connect(
+        self,
+        name: str,
+        uuid: str,
+        export: NvmeExport,
+        size_bytes: int,
+        holder: str,
+        options: ConnectOptions,
+        *,
+        deadline: Deadline,
+    ) -> None:
+        host = self._host
+        host.step("before connect")
+        found = host.connections.get(name)
+        if found is not None and found.nqn != export.nqn:
+            self._end(name)
+            found = None
+        found = host.connections.setdefault(name, found or FakeConnection(export.nqn, uuid))
+        if holder not in found.holders:
+            found.holders.append(holder)
+        host.step("after the record of a connection")
+        disk = host.exports.get(export.nqn)
+        if disk is None:
+            found.is_refused = True
+            raise PreconditionFailed(f"connect volume {name}: the storage machine refuses this node")
+        if name not in host.disks:
+            host.disks[name] = disk
+            disk.is_gone, disk.number = False, host.next_number(259)
+        if disk.uuid != uuid:
+            raise PreconditionFailed(f"{export.nqn}: expected the uuid {uuid}, got {disk.uuid}")
+        host.step("after connect")
+
+    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
+        host = self._host
+        host.step("before disconnect")
+        found = host.connections.get(name)
+        if found is not None:
+            found.holders = [each for each in found.holders if each != holder]
+            host.step("after the last holder")
+            if not found.holders:
+                self._end(name)
+        host.step("after disconnect")
+
+    def _end(self, name: str) -> None:
+        disk = self._host.disks.get(name)
+        connection = self._host.connections[name]
+        if disk is not None:
+            users = [entry for entry in self._host.table if disk in (entry.disk, entry.node)]
+            if (users or disk.opened_by_others or disk.claimed) and not connection.is_refused:
+                raise AssertionError(f"volume {name} is disconnected while it is used: {users}")
+            self._host.detach(name)
+        del self._host.connections[name]
+
+    def connection(self, name: str) -> VolumeStatus | None:
+        found = self._host.connections.get(name)
+        if found is None:
+            return None
+        is_on = name in self._host.disks and found.has_path and not found.is_refused
+        return VolumeStatus(
+            name, found.uuid, io_enabled=is_on, preempted=found.is_refused, holders=tuple(found.holders), nqn=found.nqn
+        )
+
+    def connected(self) -> frozenset[str]:
+        return frozenset(self._host.connections)
+
+    def orphans(self) -> Sequence[NvmeOrphan]:
+        return tuple(self._host.orphans)
+
+    def remove_orphan(self, orphan: NvmeOrphan, *, deadline: Deadline) -> bool:
+        self._host.step("before remove_orphan")
+        self._host.orphans.remove(orphan)
+        self._host.step("after remove_orphan")
+        return True
 
     def name_of(self, number: DeviceNumber) -> str | None:
         return next((disk.name for disk in self._host.disks.values() if disk.number == number), None)

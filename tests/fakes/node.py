@@ -17,6 +17,7 @@ from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.concurrency import Watchdog
 from csi_driver.node.service import NodeUseCases, assemble
 from csi_driver.node.usage_records import UsageRecord, UsageRecords
+from csi_driver.nvme_model import NvmeExport
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.settings import NodeSettings
 from csi_driver.thread_pool import Job
@@ -188,6 +189,7 @@ def publish_context(
     inherited: tuple[str, ...] | None = None,
     private_copy: bool = False,
     claim: Claim | None = None,
+    nvme: NvmeExport | None = None,
 ) -> dict[str, str]:
     """Return the publish context; by default of a new volume in its first attachment.
 
@@ -196,4 +198,5 @@ def publish_context(
     return PublishContext(
         name, uuid, attachment, history, read_only, size_bytes, encryption, format_allowed=format_allowed,
         populated=inherited is not None, inherited_uuids=inherited or (), private_copy=private_copy, claim=claim,
+        nvme=nvme,
     ).as_map()  # fmt: skip

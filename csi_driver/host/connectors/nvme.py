@@ -261,13 +261,14 @@ class NvmeVolumes:
         is_enabled = usable and not record.is_refused
         return VolumeStatus(
             name=name,
-            uuid=head.uuid if head is not None else record.uuid,
+            uuid=record.uuid,
             size_bytes=head.size_bytes if head is not None else None,
             io_enabled=is_enabled,
             refuses_writes=False,
             preempted=record.is_refused,
             details="" if is_enabled else self._details(record),
             holders=tuple(sorted(record.holders)),
+            nqn=record.export.nqn,
         )
 
     def _details(self, record: Connection) -> str:

@@ -257,15 +257,19 @@ def parse_serial_page(page: bytes) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvidence:
-    """The evidence of which volume a device is: client status, loop label, SCSI serial number. None = no evidence."""
+    """The evidence of which volume a device is; None = no evidence.
+
+    `label_uuid`: what the device itself claims, if its kind does that (`is_labelled`): the label of a loop device, the
+    uuid of an NVMe namespace. `serial`: the SCSI serial number.
+    """
 
     status: VolumeStatus | None
     label_uuid: str | None = None
     serial: str | None = None
-    is_loop: bool = False
+    is_labelled: bool = False
 
     def uuid(self) -> str | None:
-        if self.is_loop:
+        if self.is_labelled:
             return self.label_uuid
         return self.status.uuid if self.status is not None else None
 
@@ -283,6 +287,8 @@ class DeviceEvidence:
         """Return why I/O may hang. A volume that the client does not show is allowed, as during an upgrade."""
         if self.status is None or self.status.io_enabled is True:
             return None
+        if self.status.holders is not None:
+            return f"volume {name} has no path to its storage: {self.status.details}"
         return f"the client has not enabled I/O for {name}: {self.status.details}"
 
     def write_refusal(self) -> str:
@@ -321,8 +327,8 @@ class DeviceEvidence:
         return self.refusal(name) or self.disagreement(name) or self.mismatch(name, uuid)
 
     def proves(self) -> bool:
-        """Tell if the client's status, or a loop device's label, proves the identity; a serial number does not."""
-        return (self.label_uuid if self.is_loop else self.status) is not None
+        """Tell if the client's status, or the device's own label, proves the identity; a serial number does not."""
+        return (self.label_uuid if self.is_labelled else self.status) is not None
 
 
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?MANAGEMENT_SERVERS\s*=\s*(.*?)\s*")

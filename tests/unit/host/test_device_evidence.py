@@ -14,7 +14,7 @@ STATUS = VolumeStatus("csi-1", UUID)
 
 
 def claims(status: VolumeStatus | None = None, serial: str | None = None) -> DeviceEvidence:
-    return DeviceEvidence(status, None, serial, is_loop=False)
+    return DeviceEvidence(status, None, serial, is_labelled=False)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ def claims(status: VolumeStatus | None = None, serial: str | None = None) -> Dev
         (claims(None, serial_of(UUID)), UUID, UUID, False),
         (claims(None, serial_of(UUID)), None, None, False),
         (claims(STATUS, serial_of(UUID)), UUID, UUID, True),
-        (DeviceEvidence(STATUS, None, None, is_loop=True), UUID, None, False),
-        (DeviceEvidence(None, UUID, None, is_loop=True), UUID, UUID, True),
+        (DeviceEvidence(STATUS, None, None, is_labelled=True), UUID, None, False),
+        (DeviceEvidence(None, UUID, None, is_labelled=True), UUID, UUID, True),
     ],
 )
 def test_evidence_gives_the_uuid(
@@ -51,7 +51,7 @@ def test_another_serial_number_equals_no_uuid() -> None:
         (claims(STATUS), "csi-2", None, "claims the name"),
         (claims(STATUS, serial_of(OTHER)), "csi-1", UUID, "serial number"),
         (claims(STATUS), "csi-1", OTHER, f"claims {UUID}, expected {OTHER}"),
-        (DeviceEvidence(STATUS, OTHER, None, is_loop=True), "csi-1", UUID, f"claims {OTHER}"),
+        (DeviceEvidence(STATUS, OTHER, None, is_labelled=True), "csi-1", UUID, f"claims {OTHER}"),
         (claims(VolumeStatus("csi-1", UUID, refusal="it is broken")), "csi-1", UUID, "it is broken"),
     ],
 )

@@ -52,6 +52,9 @@ class Shown:
     def status(self, name: str) -> VolumeStatus | None:
         return self._status
 
+    def connection(self, name: str) -> None:
+        """Of a storage client's volumes none is connected by the node."""
+
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         return nvmesh.parse_reference_ids((SAMPLES / "blob.txt").read_text())
 
@@ -66,7 +69,7 @@ def judged(status: VolumeStatus | None) -> str:
     state = attachment_state(cast(Devices, Shown(status)), VolumeHandle(NAME, "z", UUID, "team-a"), UUID)
     if state is AttachmentState.FENCED:
         return FENCED
-    if DeviceEvidence(status, None, None, is_loop=False).unusable(NAME) is not None:
+    if DeviceEvidence(status, None, None, is_labelled=False).unusable(NAME) is not None:
         return NOT_READY
     return READS if status.refuses_writes else WRITES
 

@@ -31,6 +31,10 @@ class Client:
     references: tuple[str, ...] | None = ("team-a",)
     node: Device | None = NODE
     its_client: StorageClient = field(default_factory=lambda: StorageClient("c", is_expected=True))
+    its_connection: VolumeStatus | None = None
+
+    def connection(self, name: str) -> VolumeStatus | None:
+        return self.its_connection
 
     def client(self) -> StorageClient:
         return self.its_client
@@ -119,3 +123,19 @@ def test_a_handle_without_reference_is_attached_under_the_volumes_uuid(uuid: str
 )
 def test_by_name_only_a_preempted_volume_or_one_without_references_is_cut_off(client: Client, is_cut: bool) -> None:
     assert is_cut_off(cast(Devices, client), "v") is is_cut
+
+
+@pytest.mark.parametrize(
+    ("connection", "state"),
+    [
+        (WORKS, AttachmentState.ATTACHED),
+        # Without a path I/O waits, and the storage machine may be back.
+        (CUT, AttachmentState.ATTACHED),
+        (PREEMPTED, AttachmentState.FENCED),
+        (replace(PREEMPTED, uuid=OTHER), AttachmentState.WITHDRAWN),
+    ],
+)
+def test_the_state_of_a_connected_volume_needs_no_client(connection: VolumeStatus, state: AttachmentState) -> None:
+    node = Client(its_status=None, references=None, its_client=StorageClient(None), its_connection=connection)
+    assert attachment_state(cast(Devices, node), HANDLE, UUID) is state
+    assert is_cut_off(cast(Devices, node), "v") is connection.preempted
