@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of NVMe over TCP: how a node reaches an exported volume, and which names host and subsystem have. Pure."""
+"""NVMe over TCP: how a node reaches an exported volume, the names of host and subsystem, and their keys."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import ipaddress
 import re
+import secrets
 import uuid
+import zlib
 from dataclasses import dataclass
 
 BLOCK_BYTES = (512, 4096)
@@ -97,3 +101,32 @@ def subsystem_nqn(pool_uuid: str, volume_uuid: str, token: str) -> str:
 def pool_prefix(pool_uuid: str) -> str:
     """Return how the NQNs of all exports of a pool begin."""
     return f"{_SUBSYSTEM_PREFIX}:{pool_uuid}:"
+
+
+_KEY = re.compile(r"DHHC-1:0([0-3]):([A-Za-z0-9+/]+={0,2}):")
+_KEY_BYTES = {"0": (32, 48, 64), "1": (32,), "2": (48,), "3": (64,)}
+"""Lengths of a secret by the hash that transforms it; 0 = none (NVMe TCP transport specification, 8.13.5.8)."""
+_CRC_BYTES = 4
+
+
+def new_dhchap_key() -> str:
+    """Return a new random key for DH-HMAC-CHAP."""
+    secret = secrets.token_bytes(32)
+    return f"DHHC-1:00:{base64.b64encode(secret + _crc(secret)).decode()}:"
+
+
+def is_dhchap_key(text: str) -> bool:
+    """Return whether the kernel accepts the text as a key: form, length and checksum."""
+    found = _KEY.fullmatch(text)
+    if found is None:
+        return False
+    try:
+        content = base64.b64decode(found[2], validate=True)
+    except binascii.Error:
+        return False
+    secret, crc = content[:-_CRC_BYTES], content[-_CRC_BYTES:]
+    return len(secret) in _KEY_BYTES[found[1]] and crc == _crc(secret)
+
+
+def _crc(secret: bytes) -> bytes:
+    return zlib.crc32(secret).to_bytes(_CRC_BYTES, "little")

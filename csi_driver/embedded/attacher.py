@@ -99,6 +99,10 @@ class Attacher:
         engine = self._engine(client)
         return engine is None or engine.is_down(client)
 
+    def is_connected(self, client: str) -> bool:
+        engine = self._engine(client)
+        return engine is not None and engine.is_connected(client)
+
     def _engine(self, client: str) -> Engine | None:
         return next((engine for engine in self.engines if engine.serves(client)), None)
 

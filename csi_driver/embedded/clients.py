@@ -7,7 +7,6 @@ Methods that change a desired attachment return the pairs that the attacher must
 from __future__ import annotations
 
 import re
-import secrets
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from csi_driver.embedded.model import (
     Report,
     Reservation,
     Volume,
+    new_token,
 )
 from csi_driver.embedded.requests import AttachedVolume, DetachedVolume, ReservationRequest
 from csi_driver.embedded.store import Change, Store
@@ -51,6 +51,8 @@ class Clients:
     """Returns why the file of a volume, by name, cannot be used; "" = it can."""
     secure_file: Callable[[str, str], bool] = lambda name, identity: False
     """Syncs a volume's file, by name and uuid, before its first attachment; True when the row may say `made`."""
+    why_refused: Callable[[str], str] = lambda client: ""
+    """Returns why a node that connects by itself gets no volume; "" = it may."""
     holds: Callable[[str, str], bool] = lambda client, identity: False
     """Return whether a client, by name, has a volume, by uuid; set by the attacher."""
     has_exports: bool = False
@@ -93,7 +95,7 @@ class Clients:
 
     def attach(self, client: str, item: AttachedVolume) -> list[Pair]:
         """Record that the volume is to be attached. Raises ApiError."""
-        lost = self.check_file(item.name)
+        lost = self.check_file(item.name) or ("" if client in self.names else self.why_refused(client))
         try:
             is_made = self.secure_file(item.name, item.uuid)
         except HostFailure:
@@ -235,8 +237,8 @@ def _put_attaching(change: Change, client: str, volume: Volume, reservation: Res
     if old is not None and old.is_attaching and reservation.covers(old):
         attachment = replace(old, reservation=shown, references=references)
     else:
-        token = secrets.token_hex(8)
-        attachment = Attachment(client, volume.name, volume.uuid, "attaching", shown, references, token=token)
+        held_by = client, volume.name, volume.uuid
+        attachment = Attachment(*held_by, "attaching", shown, references, token=new_token())
     change.put(ATTACHMENTS, volume.uuid, attachment, client)
 
 

@@ -41,6 +41,10 @@ class Engine(Protocol):
 
     def is_down(self, client: str) -> bool: ...
 
+    def is_connected(self, client: str) -> bool:
+        """Return whether the client has a connection now that its key was checked for."""
+        ...
+
     def pairs(self) -> Collection[Pair]:
         """Return the clients and volumes with a hold."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
@@ -20,6 +20,7 @@ from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.documents import ApiError, InvalidQuery, Query, QueryRefused, envelope, failure
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.group_snapshots import GroupSnapshots
+from csi_driver.embedded.host_keys import HostKeyStore
 from csi_driver.embedded.layouts import BUILT_IN_GROUPS
 from csi_driver.embedded.model import (
     ATTACHMENTS,
@@ -48,6 +49,7 @@ from csi_driver.embedded.requests import (
     NewSnapshot,
     NewSnapshotGroup,
     NewVolume,
+    Registration,
     RequestBody,
     SnapshotDeletion,
     SpaceReclaim,
@@ -63,7 +65,7 @@ from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import DriverError
 from csi_driver.http_requests import HttpRequest, HttpResponse
-from csi_driver.status_page.login import LoginLimit
+from csi_driver.status_page.login import LoginLimit, network_of
 from csi_driver.telemetry import tracing
 
 _log = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ class Api:
     changed_blocks: ChangedBlocks
     reclaims: SpaceReclaims
     login_limit: LoginLimit
+    keys: HostKeyStore
     status_page: Callable[[HttpRequest], HttpResponse]
     _texts: _VolumeTexts = field(default_factory=lambda: _VolumeTexts(Query({}, {}, {}, 0, 0)))
 
@@ -128,6 +131,7 @@ class Api:
         groups, counted = "/volumeProvisioningGroups", self.snapshots.counted
         self.public: dict[tuple[str, str], Callable[[HttpRequest], HttpResponse]] = {
             ("POST", "/login"): self.login,
+            ("POST", "/clients/register"): self.register,
             ("GET", "/login"): lambda _: answer(failure(1267, "Please login via the /login route.")),
         }
         self.routes: dict[tuple[str, str], _Route] = {
@@ -187,9 +191,8 @@ class Api:
         body = Login.model_validate(read_body(request))
         name = self.sessions.full_name(body.username)
         key = self.sessions.limit_key(request, body.username)
-        if pause_s := math.ceil(self.login_limit.begin(key)):
-            refused = answer(envelope(name, None, False, f"Too many failed logins; retry in {pause_s} s"), 429)
-            return replace(refused, headers=(*refused.headers, ("Retry-After", str(pause_s))))
+        if refused := self._limited(key, name, "logins"):
+            return refused
         session = self.sessions.open(body.username, body.password)
         if session is None:
             return answer(envelope(name, None, False, "Wrong credentials"), 401)
@@ -199,6 +202,32 @@ class Api:
         response = answer(envelope(name, None, True, None, payload))
         cookie = "Set-Cookie", f"{COOKIE}={session}; HttpOnly; SameSite=Strict; Path=/"
         return replace(response, headers=(*response.headers, cookie))
+
+    def _limited(self, key: Hashable, name: str, attempts: str) -> HttpResponse | None:
+        """Count an attempt as failed; return the refusal if none may be made now."""
+        pause_s = math.ceil(self.login_limit.begin(key))
+        if not pause_s:
+            return None
+        refused = answer(envelope(name, None, False, f"Too many failed {attempts}; retry in {pause_s} s"), 429)
+        return replace(refused, headers=(*refused.headers, ("Retry-After", str(pause_s))))
+
+    def register(self, request: HttpRequest) -> HttpResponse:
+        """Keep the key of a node that has the join token."""
+        body, token = Registration.model_validate(read_body(request)), self.keys.join_token
+        if token is None or not self.clients.has_exports:
+            raise Unusable(403, "no node registers here: expected --export nvme-tcp and --join-token-file")
+        key = "join", network_of(request.peer)
+        if refused := self._limited(key, body.client, "registrations"):
+            return refused
+        if not token.matches(body.join_token):
+            raise Unusable(401, "wrong join token; expected the content of the file of --join-token-file")
+        self.login_limit.succeeded(key)
+        client = self.clients.find(body.client)
+        if client is None or not self.clients.connects_on_demand(client):
+            raise Unusable(422, "client: expected the id of a node in lower case, and no client of --client")
+        keys = self.keys.register(client.name, body.key, self.attacher.is_connected)
+        self.attacher.settle_all((client.name, each.uuid) for each in self.store.all(ATTACHMENTS, client.name))
+        return answer(envelope(client.name, client.uuid, True, payload={"controllerKey": keys.controller}))
 
     def volume_texts(self, query: Query) -> Iterable[str]:
         """Return the JSON of a page of volumes: in time for its volumes only, if it is in the order of their ids."""

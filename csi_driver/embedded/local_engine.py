@@ -109,6 +109,9 @@ class LocalEngine:
     def is_down(self, client: str) -> bool:
         return False
 
+    def is_connected(self, client: str) -> bool:
+        return False  # its devices are on this machine
+
     def pairs(self) -> Collection[Pair]:
         return list(self.devices)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -226,6 +227,11 @@ class Client:
 def client_hash(name: str) -> str:
     """Return what stands for a client's name where the name would be too long."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def new_token() -> str:
+    """Return a token that no attachment has had."""
+    return secrets.token_hex(8)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class Pool:
         self.private = self.directory / "private"
         self.database = self.directory / "manager.sqlite"
         self.password = self.directory / "password"
+        self.keys = self.directory / "keys"
         for path in (self.volumes, self.snapshots, self.private):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self.directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -17,6 +17,7 @@ from pydantic.alias_generators import to_camel
 from csi_driver.embedded.layouts import CONCATENATED, EC, PARAMETERS, RAID_1, Layout
 from csi_driver.embedded.model import Document
 from csi_driver.http_requests import MAX_BODY_BYTES, HttpRequest
+from csi_driver.nvme_model import is_dhchap_key
 
 _MAX_METADATA_BYTES = 256 * 1024
 _MAX_LEVELS = 100
@@ -70,6 +71,12 @@ def _metadata(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _dhchap_key(value: str) -> str:
+    if not is_dhchap_key(value):
+        raise ValueError("expected a DH-HMAC-CHAP key as DHHC-1:00:BASE64: with its checksum")
+    return value
+
+
 Integer: TypeAlias = Annotated[int, BeforeValidator(_whole)]
 Capacity: TypeAlias = Annotated[int | float, Field(ge=1, le=9007199254740991)]
 """Decimal GB."""
@@ -101,6 +108,14 @@ class Login(BaseModel):
     model_config = ConfigDict(strict=True)
     username: str
     password: str = Field(repr=False)
+
+
+class Registration(RequestBody):
+    """The key of a node."""
+
+    client: str
+    join_token: str = Field(repr=False)
+    key: Annotated[str, Field(repr=False), AfterValidator(_dhchap_key)]
 
 
 class _Named(RequestBody):

@@ -26,6 +26,7 @@ from csi_driver.embedded.clients import Clients
 from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.group_snapshots import GroupSnapshots
+from csi_driver.embedded.host_keys import HostKeyStore
 from csi_driver.embedded.http import UNEXPECTED, Api
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.local_engine import LocalEngine
@@ -114,7 +115,11 @@ class StorageServer:
         self.clones = Clones(self.snapshots)
         self.groups = GroupSnapshots(settings.freeze_limit_s, self._freezes, store, pool, locks, self.snapshots, worker)
         names = tuple(client.name for client in settings.clients)
-        self.clients = Clients(store, names, volumes.check_file, volumes.secure_file)
+        join_token = Password(settings.join_token_file, "join token") if settings.join_token_file else None
+        if join_token is not None:
+            join_token.read()
+        self.keys = HostKeyStore(pool.keys, settings.authentication == "required", join_token)
+        self.clients = Clients(store, names, volumes.check_file, volumes.secure_file, self.keys.why_refused)
         self.local = LocalEngine(settings.clients, store, pool, loops, worker)
         self.attacher = Attacher(store, pool, volumes, self.clients, (self.local,), locks, worker)
         self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
@@ -137,6 +142,7 @@ class StorageServer:
             self.changed_blocks,
             self.reclaims,
             self.login_limit,
+            self.keys,
             self._show_status,
         )
 

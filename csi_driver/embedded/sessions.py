@@ -21,29 +21,40 @@ _MAX_SESSIONS = 4096
 
 
 class PasswordUnreadable(HostFailure):
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"the password file {path} {why}; expected one line, the password, readable by this user")
+    def __init__(self, path: Path, why: str, what: str = "password") -> None:
+        super().__init__(f"the {what} file {path} {why}; expected one line, the {what}, readable by this user")
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file for its owner only, whole and durable. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 @dataclass(frozen=True, slots=True)
 class Password:
-    """The password, in a file that is read at each login."""
+    """The password, in a file that is read at each login. `what`: it is another secret of this name."""
 
     path: Path
+    what: str = "password"
 
     @classmethod
     def generated(cls, path: Path) -> Password:
         """Return the password of this file; a missing file is created with a random one, for its owner only."""
-        temporary = path.with_name(f".{path.name}.new")
         try:
             if not os.path.lexists(path):
-                temporary.unlink(missing_ok=True)
-                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(secrets.token_urlsafe(24) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
+                write_secret(path, secrets.token_urlsafe(24))
         except OSError as problem:
             raise PasswordUnreadable(path, f"cannot be written: {problem}") from problem
         return cls(path)
@@ -56,9 +67,9 @@ class Password:
         try:
             text = self.path.read_text().rstrip("\n")
         except (OSError, UnicodeDecodeError) as problem:
-            raise PasswordUnreadable(self.path, f"cannot be read: {problem}") from problem
+            raise PasswordUnreadable(self.path, f"cannot be read: {problem}", self.what) from problem
         if not text:
-            raise PasswordUnreadable(self.path, "is empty")
+            raise PasswordUnreadable(self.path, "is empty", self.what)
         return text
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from csi_driver.flags import (
+    choice,
     flag,
     host_name,
     read_count,
@@ -157,6 +158,19 @@ class StorageSettings:
         shown="none, plain http",
     )
     tls_key: Path | None = flag(None, "--tls-key", read_file, "PEM private key of the certificate.", shown="none")
+    authentication: Literal["off", "required"] = flag(
+        "off",
+        "--auth",
+        choice("off", "required"),
+        "Whether nodes that connect over NVMe/TCP must prove their key, and exports theirs (DH-HMAC-CHAP).",
+    )
+    join_token_file: Path | None = flag(
+        None,
+        "--join-token-file",
+        read_file,
+        "File with the token that a node needs to register its key; read again when it changes.",
+        shown="none, no node registers",
+    )
 
     def resolved(self) -> Self:
         """Fill in the client of this machine where none is given."""
@@ -171,6 +185,14 @@ class StorageSettings:
             yield "--client gives two clients one directory, expected one of its own for each"
         if (self.tls_certificate is None) != (self.tls_key is None):
             yield "--tls-certificate and --tls-key must be given together"
+        if self.authentication == "required" and self.join_token_file is None:
+            yield "--auth required: expected --join-token-file, by which nodes register their keys"
+        if self.join_token_file is not None and self.tls_certificate is None and not self._listens_here_alone:
+            yield "--join-token-file: expected --tls-certificate and --tls-key, as keys cross the network in the clear"
+
+    @property
+    def _listens_here_alone(self) -> bool:
+        return not isinstance(self.listen, int) and self.listen[0] in ("127.0.0.1", "::1", "localhost")
 
     def target_names(self) -> list[str]:
         """Return the names of the storage targets: the simulated ones, or this machine."""

@@ -40,11 +40,13 @@ _ASSIGNED = re.compile(
     # Quoted, even within a quoted text; else up to the next space.
     r"""(?:(\\+["']).*?(?:\2|$)|"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"]+)"""
 )
+_NVME_KEY = re.compile(r"DHHC-1:[0-9]{2}:[A-Za-z0-9+/=]+:?")
 _PATTERNS = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), REDACTED),
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s]+@"), rf"\1{REDACTED}@"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+"), rf"\1 {REDACTED}"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), REDACTED),
+    (_NVME_KEY, REDACTED),
 )
 _ENDS_WITH_FILE = re.compile(r"(?i)(file|name|namespace|ref|path|directory)[\\\"']*\s*[=:]\s*$")
 _OPTION = re.compile(r"([A-Za-z0-9_.:-]+)=.*", re.DOTALL)
@@ -125,7 +127,10 @@ def _joined(content: bytes) -> bytes:
 
 
 def _values(text: str) -> Iterator[str]:
-    """Yield the secret in a file: a password, or the lines of a key."""
+    """Yield the secret in a file: a password, the lines of a key, or the keys of NVMe in it."""
+    if keys := _NVME_KEY.findall(text):
+        yield from keys
+        return
     lines = [line for line in text.splitlines() if len(line) >= 40 and not line.startswith("-----")]
     yield from lines if "-----BEGIN" in text and lines else filter(None, [text.strip()])
 

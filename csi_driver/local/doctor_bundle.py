@@ -46,8 +46,9 @@ def secrets_of(roles: Sequence[RunningRole]) -> dict[str, str]:
                 files.add(Path(value))
             elif name == "--kubernetes-account":
                 files.add(Path(value) / "token")
-            elif name in ("--pool-directory", "--directory"):
+            elif name in ("--pool", "--directory"):
                 files |= {Path(value) / "password", Path(value) / "pool" / "password"}
+                files |= {*_files_in(Path(value) / "keys")}
         found |= {
             f"variable {key}": text for key, text in role.environ.items() if _SECRET_VARIABLE.search(key) and text
         }

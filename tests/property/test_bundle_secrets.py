@@ -19,6 +19,7 @@ from csi_driver.errors import PreconditionFailed
 from csi_driver.host_model import RunningRole
 from csi_driver.local.bundle import REDACTED, Secrets, archive, redact, refuse, scrub
 from csi_driver.local.doctor_bundle import make, scan, secrets_of
+from csi_driver.nvme_model import new_dhchap_key
 
 SECRETS = st.text(
     st.characters(min_codepoint=33, max_codepoint=0x2FF, exclude_categories=["Cs", "Cc"]), min_size=8, max_size=40
@@ -109,6 +110,12 @@ def test_a_private_key_is_removed_from_text(secret: str) -> None:
     assert secret not in scrub(f"before\n{key[:-20]}")
 
 
+def test_a_key_of_nvme_is_removed_from_text() -> None:
+    key = new_dhchap_key()
+    assert scrub(f"nqn=x,dhchap_secret={key},tos=0") == "nqn=x,dhchap_secret=REDACTED"
+    assert scrub(f"connect with {key} failed") == "connect with REDACTED failed"
+
+
 def test_names_and_places_of_secrets_are_kept() -> None:
     kept = {
         "parameters": {"csi.storage.k8s.io/node-stage-secret-name": "key", "vpg": "fast"},
@@ -167,6 +174,17 @@ PLANTED = (
 @pytest.mark.parametrize("secret", PLANTED)
 def test_each_secret_of_a_role_is_known(tmp_path: Path, secret: str) -> None:
     assert scan(f"log line with {secret} in it".encode(), [a_role(tmp_path)])
+
+
+def test_the_secrets_in_a_pool_are_known(tmp_path: Path) -> None:
+    keys = new_dhchap_key(), new_dhchap_key()
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "password").write_text("secret-of-the-pool\n")
+    (tmp_path / "keys" / "node.json").write_text(json.dumps({"client": "worker-1", "keys": keys}))
+    role = RunningRole(7, "storage", ("--pool", str(tmp_path)), {})
+    for secret in ("secret-of-the-pool", *keys):
+        assert scan(f"log line with {secret} in it".encode(), [role])
+    assert not scan(b"a log line of worker-1", [role])
 
 
 def test_a_user_is_no_secret(tmp_path: Path) -> None:

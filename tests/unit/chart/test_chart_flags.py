@@ -95,8 +95,9 @@ def by_name(role: str) -> dict[str, str]:
 def engine(role: str) -> tuple[str, ...]:
     """Return the values that render a role with all of its flags."""
     attaching = ("attachBy=node",) if role == "node" else ()
-    grace = () if role == "storage" else (f"{role}.terminationGracePeriodSeconds=3600",)
-    return (*ENGINES[role], *attaching, *grace)
+    # A join token crosses the network under TLS alone.
+    other = f"{role}.terminationGracePeriodSeconds=3600" if role != "storage" else "storage.tls.existingSecret=t"
+    return (*ENGINES[role], *attaching, other)
 
 
 @pytest.mark.parametrize("role", CONTAINERS)
