@@ -233,8 +233,13 @@ _CSI = ("plugins", "kubernetes.io", "csi")
 
 
 def staging_record(path: Path, driver_name: str) -> Path | None:
-    """Return kubelet's record of `.../kubernetes.io/csi/<driver>/<hash>/globalmount`."""
+    """Return kubelet's record of a staging path; None for another kind of path.
+
+    `.../kubernetes.io/csi/<driver>/<hash>/globalmount`, or for raw block `.../csi/volumeDevices/staging/<pv>`.
+    """
     parts = path.parts
+    if len(parts) > 6 and parts[-6:-3] == _CSI and parts[-3:-1] == ("volumeDevices", "staging"):
+        return path.parents[1] / path.name / "data" / DATA_FILE
     is_staging = len(parts) > 6 and parts[-6:-3] == _CSI and parts[-3] == driver_name and parts[-1] == "globalmount"
     return path.parent / DATA_FILE if is_staging else None
 

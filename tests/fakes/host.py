@@ -25,6 +25,7 @@ from csi_driver.errors import (
     InvalidField,
     OperationPending,
     PreconditionFailed,
+    StorageUnavailable,
     SystemCallFailed,
 )
 from csi_driver.host_model import (
@@ -80,6 +81,8 @@ class FakeHost:
         self.connections: dict[str, FakeConnection] = {}
         """By the name of the volume."""
         self.orphans: list[NvmeOrphan] = []
+        self.connects = False
+        """It needs no storage client, as it connects volumes itself."""
         self._minors = itertools.count(1)
         self.devices = FakeDevices(self)
         self.encryption = FakeEncryption(self)
@@ -235,6 +238,7 @@ class FakeConnection:
     holders: list[str] = field(default_factory=list)
     is_refused: bool = False
     has_path: bool = True
+    disk: FakeDisk | None = None
 
 
 class FakeDevices:
@@ -345,7 +349,8 @@ class FakeDevices:
             is_expected=host.client is not None or host.client_is_expected,
             is_upgrading=host.client is None and host.client_is_expected,
             problem=host.client_problem,
-            volume_limit=host.client_limit if host.client is not None else 0,
+            volume_limit=host.client_limit if host.client is not None or host.connects else 0,
+            connects=host.connects,
         )
 
     def unnamed(self) -> tuple[str, ...]:
@@ -399,14 +404,19 @@ class FakeDevices:
         host.step("after disconnect")
 
     def _end(self, name: str) -> None:
-        disk = self._host.disks.get(name)
-        connection = self._host.connections[name]
+        """End all I/O, and the connection if nothing has its device open. One that carries I/O must not be in use."""
+        host = self._host
+        connection, disk = host.connections[name], host.disks.get(name)
+        connection.disk = disk or connection.disk
+        users = [each for each in host.table if connection.disk and connection.disk in (each.disk, each.node)]
         if disk is not None:
-            users = [entry for entry in self._host.table if disk in (entry.disk, entry.node)]
-            if (users or disk.opened_by_others or disk.claimed) and not connection.is_refused:
+            is_over = connection.is_refused or connection.nqn not in host.exports
+            if (users or disk.opened_by_others or disk.claimed) and not is_over:
                 raise AssertionError(f"volume {name} is disconnected while it is used: {users}")
-            self._host.detach(name)
-        del self._host.connections[name]
+            host.detach(name)
+        if any(each.disk is not None for each in users):  # a bound node keeps nothing open
+            raise StorageUnavailable(f"the subsystem {connection.nqn} stays while its device is mounted")
+        del host.connections[name]
 
     def connection(self, name: str) -> VolumeStatus | None:
         found = self._host.connections.get(name)
