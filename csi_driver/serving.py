@@ -22,7 +22,7 @@ from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH, thread_pools
 from csi_driver.rpc.server import Server, Termination
-from csi_driver.settings import NVME_DIRECTORY, AttachBy, EndpointSettings
+from csi_driver.settings import AttachBy, EndpointSettings
 from csi_driver.telemetry import metrics, tracing
 from csi_driver.telemetry.pages import serving
 
@@ -274,13 +274,13 @@ def _node_object_loops(command: NodeCommand, use_cases: NodeUseCases) -> list[Pe
 
 def _path_keeper(command: NodeCommand, node_id: Callable[[], str]) -> PathKeeper | None:
     """Return the keeper of the volumes that this node connects by NVMe/TCP; None where it connects none."""
-    given = command.paths.nvme_directory
-    if given is None and not NVME_DIRECTORY.is_dir():
+    registry = command.paths.nvme_registry(command.node.node_name)
+    if registry is None:
         return None
     from csi_driver.host.connectors.nvme import NvmeVolumes
     from csi_driver.host.connectors.nvme_paths import PathKeeper
 
-    return PathKeeper(NvmeVolumes(cache(node_id), command.paths.device_directory, given or NVME_DIRECTORY))
+    return PathKeeper(NvmeVolumes(cache(node_id), command.paths.device_directory, registry))
 
 
 def _node_use_cases(

@@ -337,6 +337,21 @@ class NodePaths:
         " the host. It must be empty after a reboot, and the same for all drivers of a node.",
         shown=f"{NVME_DIRECTORY}, if it exists; else no volume is connected",
     )
+    storage_node: str = flag(
+        "",
+        "--storage-node",
+        read_text.named("NAME"),
+        "Node name of the machine with the embedded manager: it uses loop devices and connects nothing over NVMe/TCP."
+        " Other nodes take the status directory for a storage client only when it has files.",
+        shown="none",
+    )
+
+    def nvme_registry(self, node_name: str) -> Path | None:
+        """Return where this node records its connections over NVMe/TCP; None where it connects no volumes."""
+        if node_name == self.storage_node:
+            return None
+        return self.nvme_directory or (NVME_DIRECTORY if NVME_DIRECTORY.is_dir() else None)
+
     registration_directory: Path | None = flag(
         None,
         "--kubelet-registration-directory",

@@ -65,7 +65,7 @@ class LinuxDevices:
     ) -> None:
         self._root = device_root
         self._keeper, self._nvme = keeper, keeper.volumes if keeper is not None else None
-        self._status = status_files or nvmesh.StatusFiles(status_root)
+        self._status = status_files or nvmesh.StatusFiles(status_root, is_sign=keeper is None)
         self._clock = clock
         self._udev_control = udev_control
 

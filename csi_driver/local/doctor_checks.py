@@ -23,6 +23,7 @@ from csi_driver.errors import DriverError, Unauthenticated
 from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.kubernetes.api import ApiFailed, ApiServer
 from csi_driver.local import doctor_node as node
+from csi_driver.local import doctor_nvme as nvme
 from csi_driver.local.doctor import CONTROLLER, NODE, Check, Finding, Target, collect, error, ok, skipped, warning
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import parse_clusters, read_cluster_names
@@ -249,7 +250,7 @@ def kubernetes(target: Target) -> Iterator[Finding]:
 
 def _registration(target: Target, server: ApiServer) -> Iterator[Finding]:
     registered = server.node_id(target.node_name, target.driver_name)
-    client = StatusFiles(target.paths.status_directory).client()
+    client = node.devices_of(target).client()
     own = client.uuid or target.node_name
     if registered is None:
         yield error(f"kubelet has not registered {target.driver_name}: no volume can be attached to this node")
@@ -292,6 +293,13 @@ _CHECKS = (
           "match the server names in --clusters-file and the client's configuration, or set --zone"),
     Check("client-management", node.client_management, "The client learns from its management what to attach.",
           "a connection", "start it, open the firewall, or correct MANAGEMENT_SERVERS in the client's file"),
+    Check("nvme-kernel", nvme.kernel, "Volumes that are exported over NVMe/TCP are connected by the kernel's host,"
+          " which switches between paths only with its multipath.",
+          "the module nvme-tcp, nvme_core.multipath=Y, and no kernel with a known fault",
+          "upgrade the kernel, unless the changelog of your distribution names the correction"),
+    Check("nvme-paths", nvme.paths, "I/O of a volume without a live path waits, and fails after its time limit.",
+          "each volume with a live connection to each address of the storage machine",
+          "check link, VLAN and firewall of the storage network, and that the storage machine runs"),
     Check("volumes", node.volumes, "Programs hang or lose writes on a mount without its device or without I/O.",
           "every mount with its device, I/O and kubelet's record",
           "delete the pods that use the volume: kubelet unmounts it, and it is attached again"),

@@ -21,6 +21,7 @@ from csi_driver.host.mount_table import read_table
 from csi_driver.host.mounts import LinuxMounts
 from csi_driver.host.processes import find_tool, package_of
 from csi_driver.local.doctor import Finding, Target, error, ok, skipped, warning
+from csi_driver.local.doctor_nvme import keeper_of
 from csi_driver.local.kubelet_mounts import kubelet_mounts
 from csi_driver.management.clusters import read_cluster_names
 from csi_driver.model import MIB
@@ -143,12 +144,21 @@ def state_directory(target: Target) -> Iterator[Finding]:
         yield warning(f"{existing} has {free_bytes // MIB} MiB and {free.f_favail} inodes free", fix=fix)
 
 
+def devices_of(target: Target) -> LinuxDevices:
+    """Return the devices as the node sees them."""
+    paths = target.paths
+    return LinuxDevices(paths.device_directory, paths.status_directory, keeper=keeper_of(target))
+
+
 def client(target: Target) -> Iterator[Finding]:
     directory = target.paths.status_directory
-    found = LinuxDevices(target.paths.device_directory, directory).client()
+    found = devices_of(target).client()
     upgrade = f"an upgrade that failed leaves {UPDATER_MARK}: repeat it until it succeeds, or reboot the machine"
     if found.problem:
         yield error(f"the storage client is unusable: {found.problem}")
+    if found.connects:
+        yield ok(f"this node needs no storage client: it connects its volumes over NVMe/TCP as {target.node_name}")
+        return
     if found.uuid is not None:
         limit = f"at most {found.volume_limit}" if found.volume_limit else "any number of"
         yield ok(f"the storage client is running; its uuid, the node's id, is {found.uuid}; {limit} volumes")
@@ -223,7 +233,7 @@ def volumes(target: Target) -> Iterator[Finding]:
 
 def usage_records(target: Target) -> Iterator[Finding]:
     records = UsageRecords(target.state_directory)
-    present = LinuxDevices(target.paths.device_directory, target.paths.status_directory).present()
+    present = devices_of(target).present()
     here = None if present is None else {uuid.lower() for uuid in present.values()}
     numbers = {"in use": 0, "with an unfinished format": 0, "no longer here": 0}
     in_use, half, absent = numbers

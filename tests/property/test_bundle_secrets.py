@@ -93,6 +93,7 @@ PLACES: dict[str, Callable[[str], object]] = {
     "a message": lambda text: {"message": f"login failed, password={text}"},
     "a URL": lambda text: {"message": f"cannot reach https://admin:{text}@mgmt:4000/"},
     "a URL with another @": lambda text: {"message": f"cannot reach https://admin:a@{text}@mgmt:4000/"},
+    "a key of NVMe in-band authentication": lambda text: {"message": f"write nqn=a,with DHHC-1:00:{text}:,b"},
     "a header": lambda text: {"message": f"Authorization: Bearer {text}"},
 }
 

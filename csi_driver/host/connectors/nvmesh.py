@@ -177,11 +177,15 @@ def _without_contradictions(pairs: Sequence[tuple[str, object]]) -> dict[str, ob
 
 @dataclass(frozen=True, slots=True)
 class StatusFiles:
-    """The client's status directory, e.g. `/proc/nvmeibc`. Every method reads the files again; None = unknown."""
+    """The client's status directory, e.g. `/proc/nvmeibc`. Every method reads the files again; None = unknown.
+
+    `is_sign`: the bare directory says that a client is installed.
+    """
 
     root: Path
     upgrade_marks: Sequence[Path] = UPGRADE_MARKS
     client_signs: Sequence[Path] = CLIENT_SIGNS
+    is_sign: bool = True
 
     def volume(self, name: str) -> VolumeStatus | None:
         return parse_volume_status(_read(f"{self.root}/volumes/{name}/status.json"))
@@ -198,7 +202,7 @@ class StatusFiles:
     def client(self) -> StorageClient:
         uuid = parse_client_uuid(_read(f"{self.root}/status.json"))
         upgrading = any(mark.exists() for mark in self.upgrade_marks)
-        signs = (*self.client_signs, self.root, *self.upgrade_marks)
+        signs = (*self.client_signs, *((self.root,) if self.is_sign else ()), *self.upgrade_marks)
         version = _read(f"{self.root}/version")
         return StorageClient(
             uuid=uuid,

@@ -10,7 +10,10 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached
+from csi_driver.host.connectors.nvme import NvmeVolumes
+from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.devices import LinuxDevices
+from csi_driver.settings import NodePaths
 
 UUID = "01234567-89ab-4567-89ab-0123456789ef"
 OF_VOLUME = "11234567-89ab-4567-89ab-0123456789ef"
@@ -89,3 +92,20 @@ def test_a_missing_device_node_is_reported(tmp_path: Path, is_shown: bool, said:
         attach(tmp_path, "csi-0123", BY_CSI, has_device=False)
     with pytest.raises(DeadlineReached, match=said):
         devices.wait_for("csi-0123", OF_VOLUME, deadline=Deadline.after(0))
+
+
+def test_an_empty_status_directory_is_no_client_where_volumes_are_connected_by_nvme(tmp_path: Path) -> None:
+    """The DaemonSet makes the directory on every node; the embedded manager fills it on its own machine alone."""
+    (tmp_path / "proc/volumes").mkdir(parents=True)
+    (tmp_path / "dev").mkdir()
+    keeper = PathKeeper(NvmeVolumes(lambda: "node-1", tmp_path / "dev", tmp_path / "nvme"))
+    found = LinuxDevices(tmp_path / "dev", tmp_path / "proc", keeper=keeper).client()
+    assert (found.is_expected, found.connects, found.uuid) == (False, True, None)
+    without = LinuxDevices(tmp_path / "dev", tmp_path / "proc").client()
+    assert (without.is_expected, without.connects) == (True, False)
+
+
+def test_the_node_of_the_embedded_manager_connects_nothing(tmp_path: Path) -> None:
+    paths = NodePaths(nvme_directory=tmp_path, storage_node="box")
+    assert paths.nvme_registry("node-1") == tmp_path
+    assert paths.nvme_registry("box") is None

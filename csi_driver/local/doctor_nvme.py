@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a node that connects volumes over NVMe/TCP: its kernel, and the paths to its volumes.
+
+They connect to addresses of lost paths, and close the connection at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from csi_driver.host import machine_checks as machine
+from csi_driver.host.connectors.nvme import NvmeVolumes
+from csi_driver.host.connectors.nvme_paths import PathKeeper
+from csi_driver.host.nvme_host import LIVE
+from csi_driver.local.doctor import Finding, Target, error, ok, warning
+
+_PROBE_S = 1.0
+Faults = tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]
+HOST_FAULTS: Faults = (
+    ((0,), (6, 7), "nvme-tcp corrupts memory when many requests time out"),
+    ((6, 7), (6, 12), "the driver was not tested with its NVMe/TCP"),
+)
+TARGET_FAULTS: Faults = (((6, 13), (6, 13, 5), "nvmet crashes when an export is removed (CVE-2025-21850)"),)
+"""First version with a fault and first one without it, by the mainline kernel; docs/nvme-tcp.md has more."""
+
+
+def keeper_of(target: Target) -> PathKeeper | None:
+    """Return the connections of this node; None where it connects no volumes."""
+    registry = target.paths.nvme_registry(target.node_name)
+    if registry is None:
+        return None
+    return PathKeeper(NvmeVolumes(lambda: target.node_name, target.paths.device_directory, registry))
+
+
+def kernel(target: Target) -> Iterator[Finding]:
+    keeper = keeper_of(target)
+    if keeper is None:
+        yield ok("this node connects no volumes over NVMe/TCP")
+    elif why := keeper.volumes.why_not():
+        found, _, fix = why.partition("; ")
+        yield error(found, fix=fix)
+    else:
+        yield ok(f"this node can connect volumes over NVMe/TCP, as {target.node_name}")
+    release, is_target = os.uname().release, machine.is_loaded("nvmet_tcp")
+    for fault in faults_of(release, (*(HOST_FAULTS if keeper else ()), *(TARGET_FAULTS if is_target else ()))):
+        yield warning(f"Linux {release}: {fault}")
+
+
+def faults_of(release: str, known: Faults) -> list[str]:
+    version = tuple(map(int, re.findall(r"\d+", release.partition("-")[0])[:3]))
+    return [fault for first, fixed, fault in known if first <= version < fixed]
+
+
+def paths(target: Target) -> Iterator[Finding]:
+    keeper = keeper_of(target)
+    if keeper is None:
+        return
+    volumes = keeper.volumes
+    records = volumes.records.all()
+    for name, record in sorted(records.items()):
+        if record.is_refused:
+            fix = "delete its pods on this node: kubelet then removes the mounts"
+            yield warning(f"volume {name} was given to another node: the storage refuses its I/O", fix=fix)
+            continue
+        subsystem = volumes.subsystem(record.export.nqn)
+        states = {each.path: each.state for each in (subsystem.controllers if subsystem else ())}
+        lost = [path for path in record.export.paths if states.get(path) != LIVE]
+        answering = volumes.fabrics.probe(lost, _PROBE_S, _PROBE_S)
+        for path in lost:
+            level = error if len(lost) == len(record.export.paths) else warning
+            answers = "accepts connections" if path in answering else "does not accept connections"
+            yield level(f"volume {name}: path {path} is {states.get(path, 'missing')}; the address {answers}")
+    for orphan in keeper.orphans():
+        fix = "see the log of the node's container: it ends a connection that is proven to be unused"
+        yield warning(f"{orphan.nqn} is connected, and no volume here uses it", fix=fix)
+    yield ok(f"volumes connected over NVMe/TCP: {len(records)}")

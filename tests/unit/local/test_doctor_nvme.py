@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor on a node that connects volumes over NVMe/TCP: faults of kernels, lost paths and refused volumes."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from csi_driver.config import parse
+from csi_driver.config.local_commands import DoctorCommand
+from csi_driver.host.connectors.nvme_records import Connection, Records
+from csi_driver.host_model import ConnectOptions
+from csi_driver.local import doctor_nvme
+from csi_driver.local.doctor import Finding, Severity, Target
+from csi_driver.nvme_model import NvmeExport, subsystem_nqn
+
+POOL, VOLUME = "01234567-89ab-4567-89ab-0123456789ab", "11234567-89ab-4567-89ab-0123456789ab"
+
+
+def target(*flags: str) -> Target:
+    command = parse(["doctor", "--node-name", "node-1", *flags], {}, lambda _: None)
+    assert isinstance(command, DoctorCommand)
+    return command.target
+
+
+def record(directory: Path, *paths: str, is_refused: bool = False) -> None:
+    export = NvmeExport(subsystem_nqn(POOL, VOLUME, "1"), paths)
+    made = Connection("csi-1", VOLUME, export, 0, ConnectOptions(), frozenset(("/staging",)), is_refused=is_refused)
+    Records(directory).put(made)
+
+
+def problems(found: list[Finding]) -> list[tuple[Severity, str]]:
+    return [(each.severity, each.found) for each in found if each.severity is not Severity.OK]
+
+
+@pytest.mark.parametrize(
+    ("release", "known", "number"),
+    [
+        ("6.12.95+deb12-amd64", doctor_nvme.HOST_FAULTS, 0),
+        ("7.3.4-1-default", doctor_nvme.HOST_FAULTS, 0),
+        ("6.1.0-56-amd64", doctor_nvme.HOST_FAULTS, 1),
+        ("6.7.0", doctor_nvme.HOST_FAULTS, 1),
+        ("5.14.0-503.el9.x86_64", doctor_nvme.HOST_FAULTS, 1),
+        ("6.12.95", doctor_nvme.TARGET_FAULTS, 0),
+        ("6.13-rc1", doctor_nvme.TARGET_FAULTS, 1),
+        ("6.13.4-200.fc41.x86_64", doctor_nvme.TARGET_FAULTS, 1),
+        ("6.13.5", doctor_nvme.TARGET_FAULTS, 0),
+    ],
+)
+def test_a_kernel_with_a_known_fault_is_found_by_its_version(
+    release: str, known: doctor_nvme.Faults, number: int
+) -> None:
+    assert len(doctor_nvme.faults_of(release, known)) == number
+
+
+def test_a_lost_path_is_named_with_the_answer_of_its_address(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as absent:
+        open_path, closed_path = (f"127.0.0.1:{each.getsockname()[1]}" for each in (there, absent))
+        absent.close()
+        record(tmp_path, open_path, closed_path)
+        found = list(doctor_nvme.paths(target("--nvme-directory", str(tmp_path))))
+    assert problems(found) == [
+        (Severity.ERROR, f"volume csi-1: path {open_path} is missing; the address accepts connections"),
+        (Severity.ERROR, f"volume csi-1: path {closed_path} is missing; the address does not accept connections"),
+    ]
+    assert found[-1].found == "volumes connected over NVMe/TCP: 1"
+
+
+def test_a_volume_that_another_node_has_is_a_warning_and_its_addresses_are_not_tried(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        record(tmp_path, f"127.0.0.1:{server.getsockname()[1]}", is_refused=True)
+        found = list(doctor_nvme.paths(target("--nvme-directory", str(tmp_path))))
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert problems(found) == [
+        (Severity.WARNING, "volume csi-1 was given to another node: the storage refuses its I/O")
+    ]
+
+
+def test_the_machine_of_the_embedded_manager_has_no_paths(tmp_path: Path) -> None:
+    record(tmp_path, "127.0.0.1:1")
+    own = target("--nvme-directory", str(tmp_path), "--storage-node", "node-1")
+    assert list(doctor_nvme.paths(own)) == []
+    assert next(each.found for each in doctor_nvme.kernel(own)) == "this node connects no volumes over NVMe/TCP"
