@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from csi_driver.config.csi_commands import VolumeCommand
     from csi_driver.config.local_commands import DoctorCommand, StorageCommand
     from csi_driver.embedded.server import StorageServer
+    from csi_driver.embedded.settings import NvmeTarget, StorageSettings
     from csi_driver.host_model import RunningRole
 
 _LOG = logging.getLogger(PROGRAM)
@@ -176,7 +177,18 @@ def _storage(command: StorageCommand) -> int:
         _LOG.warning("the storage cannot encrypt volumes: %s", ToolMissing("cryptsetup", "cryptsetup-bin"))
     luks = headers if can_encrypt else None
     with tracing.recording(command.tracing, "storage", command.driver_name, driver_version()):
-        return serve(command.storage, LoopDevices(), luks, pages, ReflinkedFiles(), freezes, SparseFiles())
+        target = _nvme_target(command.storage)
+        return serve(command.storage, LoopDevices(), luks, pages, ReflinkedFiles(), freezes, SparseFiles(), target)
+
+
+def _nvme_target(settings: StorageSettings) -> NvmeTarget | None:
+    from csi_driver.embedded.settings import LOOP
+
+    if settings.export == LOOP:
+        return None
+    from csi_driver.host.nvme_target import NvmeTarget
+
+    return NvmeTarget()
 
 
 if __name__ == "__main__":

@@ -197,6 +197,16 @@ class TargetExport:
 
 
 @dataclass(frozen=True, slots=True)
+class ExportCounts:
+    """`waiting`: exports that attachments lack. `connections`: of nodes; `ports_free`: for new attachments."""
+
+    exported: int
+    waiting: int
+    connections: int
+    ports_free: int
+
+
+@dataclass(frozen=True, slots=True)
 class HostKeys:
     """DH-HMAC-CHAP keys of a host, as `DHHC-1:...`: its own one, and the one by which the target proves itself."""
 

@@ -19,7 +19,15 @@ from csi_driver.embedded import server as embedded
 from csi_driver.embedded.http import answer
 from csi_driver.embedded.model import ATTACHMENTS, VOLUMES
 from csi_driver.embedded.server import StorageServer
-from csi_driver.embedded.settings import Freezes, LoopDevices, LuksHeaders, Reflinks, SparseFiles, StorageSettings
+from csi_driver.embedded.settings import (
+    Freezes,
+    LoopDevices,
+    LuksHeaders,
+    NvmeTarget,
+    Reflinks,
+    SparseFiles,
+    StorageSettings,
+)
 from csi_driver.http_requests import HttpRequest, HttpResponse
 
 
@@ -164,13 +172,14 @@ def _serve_with_switches(
     reflinks: Reflinks | None = None,
     freezes: Freezes | None = None,
     sparse_files: SparseFiles | None = None,
+    target: NvmeTarget | None = None,
 ) -> int:
     def both(server: StorageServer) -> AbstractContextManager[object]:
         add_route(server)
         return beside(server)
 
     used = headers if headers is None or instead is None else instead
-    return _serve(settings, loops, used, both, reflinks, freezes, sparse_files)
+    return _serve(settings, loops, used, both, reflinks, freezes, sparse_files, target)
 
 
 _serve = embedded.serve

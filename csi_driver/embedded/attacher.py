@@ -9,11 +9,11 @@ reservations of a real client.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from csi_driver.background import Worker
 from csi_driver.embedded.clients import Clients, Pair
@@ -34,7 +34,12 @@ from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import DriverError, HostFailure, PreconditionFailed, SystemCallFailed
 
+if TYPE_CHECKING:
+    from csi_driver.embedded.nvme_engine import NvmeEngine
+
 _log = logging.getLogger(__name__)
+
+_LEFT = Hold("an export", "exported by an earlier run; use --export nvme-tcp", Path(), is_cut=False, is_private=False)
 
 
 @dataclass(eq=False)
@@ -46,6 +51,8 @@ class Attacher:
     engines: tuple[Engine, ...]
     locks: VolumeLocks
     worker: Worker
+    _left: dict[str, set[str]] = field(default_factory=dict)
+    """Nodes with an export from an earlier run, by volume, where this one has no engine for them."""
 
     def __post_init__(self) -> None:
         self.volumes.has_device = self.has_device
@@ -57,6 +64,9 @@ class Attacher:
         used = set[str]().union(*(engine.recover() for engine in self.engines))
         self._remove_copies(file for file in self.pool.private_files() if file.name not in used)
         wanted = {(each.client, each.uuid): each for each in self.store.everywhere(ATTACHMENTS)}
+        for each in wanted.values():
+            if each.port and self._engine(each.client) is None:
+                self._left.setdefault(each.uuid, set()).add(each.client)
         reported = {(r.client, r.uuid) for r in self.store.everywhere(REPORTS) if r.status != DETACHED}
         held = {pair for engine in self.engines for pair in engine.pairs()}
         self.settle_all(held | {pair for pair in wanted.keys() | reported if self._engine(pair[0]) is not None})
@@ -76,7 +86,7 @@ class Attacher:
         for client, identity in [pair for engine in self.engines for pair in engine.pairs()]:
             with self.locks.hold(identity):
                 engine, wanted = self._engine(client), self.store.get(ATTACHMENTS, identity, client)
-                if engine is None or engine.hold(client, identity) is None or self.is_down(client):
+                if engine is None or engine.hold(client, identity) is None or self._is_idle(engine, client):
                     continue
                 try:
                     if wanted is not None and wanted.is_attaching:
@@ -85,6 +95,13 @@ class Attacher:
                     _log.warning("volume %s on client %s is not whole, and is retried: %s", identity, client, problem)
         self.volumes.check_files()
         self.store.flush()
+
+    def look(self, engine: NvmeEngine) -> None:
+        """Look which nodes use their volumes, and continue what waits for one that does not."""
+        for client, identity in engine.look():
+            wanted = self.store.get(ATTACHMENTS, identity, client)
+            if wanted is None or not wanted.is_attaching:
+                self.worker.later(*self._settling(client, identity), 0.0)
 
     def settle_all(self, pairs: Iterable[Pair]) -> None:
         """Settle each pair now; failures are retried in the background."""
@@ -103,18 +120,26 @@ class Attacher:
         engine = self._engine(client)
         return engine is not None and engine.is_connected(client)
 
+    def _is_idle(self, engine: Engine, client: str) -> bool:
+        """Return whether nothing can be done for a client now."""
+        return engine.needs_client and self.is_down(client)
+
     def _engine(self, client: str) -> Engine | None:
         return next((engine for engine in self.engines if engine.serves(client)), None)
 
     def hold(self, client: str, identity: str) -> Hold | None:
         engine = self._engine(client)
-        return engine.hold(client, identity) if engine is not None else None
+        if engine is None:
+            return _LEFT if client in self._left.get(identity, ()) else None
+        return engine.hold(client, identity)
 
     def has_device(self, identity: str) -> bool:
         return any(True for _ in self._holders(identity))
 
     def _holders(self, identity: str) -> Iterator[str]:
-        return itertools.chain.from_iterable(engine.holders(identity) for engine in self.engines)
+        yield from self._left.get(identity, ())
+        for engine in self.engines:
+            yield from engine.holders(identity)
 
     def why_other_file(self, identity: str) -> str:
         """Return why what a volume's devices write is not in its file: that one was replaced; "" when it is."""
@@ -129,7 +154,7 @@ class Attacher:
     def settle(self, client: str, identity: str) -> bool:
         """Attach or detach as the record of this client and volume says; False: retry later."""
         engine = self._engine(client)
-        if engine is None or self.is_down(client):
+        if engine is None or self._is_idle(engine, client):
             return True
         try:
             return self._settle(engine, client, identity)
@@ -182,7 +207,7 @@ class Attacher:
 
     def _grow_hold(self, engine: Engine, client: str, identity: str) -> None:
         hold = engine.hold(client, identity)
-        if hold is None or self.is_down(client):
+        if hold is None or self._is_idle(engine, client):
             return
         wanted = self.store.get(ATTACHMENTS, identity, client)
         volume = self.store.get(VOLUMES, wanted.volume) if wanted is not None else None
@@ -207,31 +232,39 @@ class Attacher:
         private = wanted.read_only and volume.has_private_readers
         hold = engine.hold(client, volume.uuid)
         if hold is not None and not engine.fits(wanted, private=private):
-            if not self._release(engine, client, volume.uuid, volume.name):
+            if not self._release(engine, client, volume.uuid, volume.name, row_stays=True):
                 self._report_lost_io(wanted)
                 return False
+            if self.store.get(ATTACHMENTS, volume.uuid, client) != wanted:
+                return True  # it has another name now
             hold = None
         if hold is None:
             self._give(engine, volume, wanted, private=private)
         else:
             engine.keep(wanted)
         engine.show(volume, wanted)
-        self.clients.report(wanted, ATTACHED, io_enabled=1)
+        hold = engine.hold(client, volume.uuid)
+        self.clients.report(wanted, ATTACHED, io_enabled=1, export=None if hold is None else hold.export)
         return True
 
     def _give(self, engine: Engine, volume: Volume, wanted: Attachment, *, private: bool) -> None:
         self._secure_file(volume)
-        file = self._private_copy(volume, wanted.client) if private else self.pool.file(wanted.uuid)
+        file = self._private_copy(volume, wanted) if private else self.pool.file(wanted.uuid)
         try:
             engine.attach(volume, wanted, file, private=private)
         except (DriverError, OSError):
-            if private:
+            if private and engine.hold(wanted.client, wanted.uuid) is None:
                 self._remove_copies([file])  # there may be no other attachment
             raise
 
-    def _private_copy(self, volume: Volume, client: str) -> Path:
-        """Make a reader's copy; nobody writes to the volume now. One that is left over has no device."""
-        copy = self._copy_of(volume.uuid, client)
+    def _private_copy(self, volume: Volume, wanted: Attachment) -> Path:
+        """Make a reader's copy; nobody writes to the volume now. One that is left over has no device.
+
+        A node whose export went with a restart of this machine gets the same copy again: it has replayed the log there.
+        """
+        copy = self._copy_of(volume.uuid, wanted.client)
+        if wanted.inode and self.pool.inode(copy) == wanted.inode:
+            return copy
         self.pool.reflink(self.pool.file(volume.uuid), copy, volume.bytes)
         return copy
 
@@ -257,14 +290,14 @@ class Attacher:
         It is cut off, except a client that is up and is detaching: that one may write out its data first.
         """
         engine, hold = self._engine(other), self.hold(other, volume.uuid)
-        if engine is None or hold is None or hold.is_cut:
+        if hold is None or hold.is_cut:
             return True
         theirs = self.store.get(ATTACHMENTS, volume.uuid, other)
         if theirs is not None and volume.reservation.allows(other, theirs.mode):
             return True
         if (theirs is None or not theirs.is_attaching) and not self.is_down(other):
             return False
-        return self._cut_off(engine, other, volume, theirs)
+        return engine is not None and self._cut_off(engine, other, volume, theirs)
 
     def _cut_off(self, engine: Engine, client: str, volume: Volume, wanted: Attachment | None) -> bool:
         """End a client's I/O on a volume; False where that is impossible."""
@@ -303,7 +336,7 @@ class Attacher:
         hold = engine.hold(client, identity)
         if hold is not None and (
             self._holds_last_copy(engine, client, identity, wanted)
-            or not self._release(engine, client, identity, wanted.volume if wanted else None)
+            or not self._release(engine, client, identity, wanted.volume if wanted else None, row_stays=False)
         ):
             if wanted is not None:
                 self._keep(engine, wanted)
@@ -346,9 +379,9 @@ class Attacher:
             engine.show(volume, accepted)
         self._report_lost_io(accepted)
 
-    def _release(self, engine: Engine, client: str, identity: str, volume_name: str | None) -> bool:
+    def _release(self, engine: Engine, client: str, identity: str, volume_name: str | None, *, row_stays: bool) -> bool:
         hold = engine.hold(client, identity)
-        if not engine.release(client, identity, volume_name):
+        if not engine.release(client, identity, volume_name, row_stays=row_stays):
             return False
         if hold is not None:
             self._after_release(hold, client, identity)

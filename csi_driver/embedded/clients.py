@@ -55,6 +55,8 @@ class Clients:
     """Returns why a node that connects by itself gets no volume; "" = it may."""
     holds: Callable[[str, str], bool] = lambda client, identity: False
     """Return whether a client, by name, has a volume, by uuid; set by the attacher."""
+    place: Callable[[str], tuple[int, int]] = lambda identity: (0, 0)
+    """Return port and inode of a new attachment of a volume to a node; set by the engine that exports."""
     has_exports: bool = False
     """Volumes are exported over NVMe: every node that is not one of `names` is a client, without a configuration."""
 
@@ -128,10 +130,30 @@ class Clients:
             change.put(VOLUMES, volume.name, reserved)
         if request.preempt:
             pairs[:0] = self._preempt(change, client, volume, detach=request.is_detach_others)
-        _put_attaching(change, client, volume, reservation, item)
+        self._put_attaching(change, client, volume, reservation, item)
         if stored is None:
             change.put(CLIENTS, client, known)
         return pairs
+
+    def _put_attaching(
+        self, change: Change, client: str, volume: Volume, reservation: Reservation, item: AttachedVolume
+    ) -> None:
+        """Record the attachment; one that holds already gets a reference more."""
+        request, old = item.reservation, change.get(ATTACHMENTS, volume.uuid, client)
+        preempt = 2 if request.preempt else 0
+        shown: Document = {"mode": MODES[request.mode], "version": reservation.version, "preempt": preempt}
+        if "reservation" in item.model_fields_set:
+            shown["isDetachOthers"] = request.is_detach_others
+        held = old.references if old is not None and old.is_attaching else ()
+        references = held if item.reference in held else (*held, item.reference)
+        if old is not None and old.is_attaching and reservation.covers(old):
+            attachment = replace(old, reservation=shown, references=references)
+        else:
+            port, inode = (0, 0) if client in self.names else self.place(volume.uuid)
+            attachment = Attachment(
+                client, volume.name, volume.uuid, "attaching", shown, references, None, new_token(), port, inode
+            )
+        change.put(ATTACHMENTS, volume.uuid, attachment, client)
 
     def _preempt(self, change: Change, client: str, volume: Volume, *, detach: bool) -> list[Pair]:
         """Return the other clients, which may have lost the volume; with `detach` they are to detach it."""
@@ -223,23 +245,6 @@ class Clients:
             return None
         self.store.write(detached)
         return report
-
-
-def _put_attaching(change: Change, client: str, volume: Volume, reservation: Reservation, item: AttachedVolume) -> None:
-    """Record the attachment; one that holds already gets a reference more."""
-    request, old = item.reservation, change.get(ATTACHMENTS, volume.uuid, client)
-    preempt = 2 if request.preempt else 0
-    shown: Document = {"mode": MODES[request.mode], "version": reservation.version, "preempt": preempt}
-    if "reservation" in item.model_fields_set:
-        shown["isDetachOthers"] = request.is_detach_others
-    held = old.references if old is not None and old.is_attaching else ()
-    references = held if item.reference in held else (*held, item.reference)
-    if old is not None and old.is_attaching and reservation.covers(old):
-        attachment = replace(old, reservation=shown, references=references)
-    else:
-        held_by = client, volume.name, volume.uuid
-        attachment = Attachment(*held_by, "attaching", shown, references, token=new_token())
-    change.put(ATTACHMENTS, volume.uuid, attachment, client)
 
 
 def _put_detaching(change: Change, attachment: Attachment, *, force: bool) -> None:

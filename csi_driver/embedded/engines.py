@@ -10,13 +10,15 @@ from typing import Protocol
 
 from csi_driver.embedded.clients import Pair
 from csi_driver.embedded.model import Attachment, Volume
+from csi_driver.nvme_model import NvmeExport
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
     """What a client has of a volume.
 
-    `is_cut`: it can do no I/O any more. `is_private`: it is of the client's own copy of the volume.
+    `is_cut`: it can do no I/O any more. `is_private`: it is of the client's own copy of the volume. `export`: where the
+    client connects; None: it has a device.
     """
 
     name: str
@@ -24,10 +26,17 @@ class Hold:
     file: Path
     is_cut: bool
     is_private: bool
+    export: NvmeExport | None = None
 
 
 class Engine(Protocol):
-    """Gives volumes to clients. The caller has the volume's lock; a client has at most one hold on a volume."""
+    """Gives volumes to clients. The caller has the volume's lock; a client has at most one hold on a volume.
+
+    `needs_client`: nothing can be done for a client that is down.
+    """
+
+    @property
+    def needs_client(self) -> bool: ...
 
     def recover(self) -> set[str]:
         """Find what clients hold since an earlier run. Return the names of the pool's files that are in use."""
@@ -83,8 +92,11 @@ class Engine(Protocol):
         """Give the client the present size of its file."""
         ...
 
-    def release(self, client: str, identity: str, volume_name: str | None) -> bool:
-        """Take the volume from the client, and hide it; False, with no change, while the client uses it."""
+    def release(self, client: str, identity: str, volume_name: str | None, *, row_stays: bool) -> bool:
+        """Take the volume from the client, and hide it; False, with no change, while the client uses it.
+
+        `row_stays`: it will be given to the client in another form, for which the record may be changed.
+        """
         ...
 
     def cut_off(self, client: str, identity: str, volume_name: str, *, is_down: bool) -> bool:

@@ -46,6 +46,7 @@ class LocalEngine:
     loops: LoopDevices
     worker: Worker
     devices: dict[Pair, LoopDevice] = field(default_factory=dict)
+    needs_client = True
 
     def __post_init__(self) -> None:
         self._nodes = {client.name: client.device_directory for client in self.settings}
@@ -167,7 +168,7 @@ class LocalEngine:
     def grow(self, client: str, identity: str) -> None:
         self.loops.grow(self.devices[client, identity])
 
-    def release(self, client: str, identity: str, volume_name: str | None) -> bool:
+    def release(self, client: str, identity: str, volume_name: str | None, *, row_stays: bool = True) -> bool:
         device = self.devices[client, identity]
         if not self.loops.detach(device):
             return False

@@ -248,6 +248,10 @@ class Attachment:
     force: bool | None = None
     token: str = ""
     """Part of the name under which a node connects to this attachment alone; no other attachment ever has it."""
+    port: int = 0
+    """TCP port of its export, which no other attachment has; 0 = a client of this machine."""
+    inode: int = 0
+    """Of the file that is exported; 0 = none."""
 
     @property
     def mode(self) -> int:

@@ -110,6 +110,11 @@ class Pool:
             space = os.statvfs(self.volumes)
         return space.f_bavail * space.f_frsize
 
+    def block_bytes(self) -> int:
+        """Return the block size of the filesystem of the volumes."""
+        with _named(f"look at the file system of {self.volumes}"):
+            return os.statvfs(self.volumes).f_bsize
+
     def why_unusable(self) -> str:
         """Return why the pool cannot be used; "" when it can."""
         try:
@@ -134,6 +139,15 @@ class Pool:
 
     def snapshot_identities(self) -> set[str]:
         return _identities_in(self.snapshots)
+
+    def inode(self, file: Path) -> int:
+        """Return the inode number of a file; 0 without one."""
+        try:
+            return os.stat(file).st_ino
+        except FileNotFoundError:
+            return 0
+        except OSError as problem:
+            raise SystemCallFailed(f"look at {file}", problem.errno or 0) from problem
 
     def occupied_bytes(self, file: Path) -> int:
         """Return a file's bytes on disk."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from csi_driver.background import Periodic, Worker, run_detached
+from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded.allocator import Allocator
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.changed_blocks import ChangedBlocks
@@ -37,6 +38,7 @@ from csi_driver.embedded.settings import (
     Freezes,
     LoopDevices,
     LuksHeaders,
+    NvmeTarget,
     Reflinks,
     SparseFiles,
     StorageSettings,
@@ -52,10 +54,12 @@ from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric
 
 if TYPE_CHECKING:
+    from csi_driver.embedded.nvme_engine import NvmeEngine
     from csi_driver.status_page.web import StatusPage
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 10
+_EXPORT_INTERVAL_S = 2.0
 _CHECK_INTERVAL_S = 5.0
 """Between two checks of the device nodes and volume files, which others may remove."""
 _ANSWER_TIME_S = 2.0
@@ -74,13 +78,17 @@ class StorageServer:
         reflinks: Reflinks | None = None,
         freezes: Freezes | None = None,
         sparse_files: SparseFiles | None = None,
+        target: NvmeTarget | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Open and repair the pool and settle all attachments. Raises leaves of DriverError.
 
         Without `headers` no volume can be encrypted by the storage, without `reflinks` there are no snapshots, and
-        without `freezes` none of several volumes at one moment. Without `sparse_files` no space is given back.
+        without `freezes` none of several volumes at one moment. Without `sparse_files` no space is given back,
+        and without `target` nothing is exported.
         """
         self.settings, self._freezes, self._sparse_files = settings, freezes, sparse_files
+        self._clock = clock
         for client in settings.clients:
             _check_device_directory(client.device_directory)
         tls = _certificate(settings)
@@ -92,7 +100,7 @@ class StorageServer:
             self.store = Store(self.pool.database)
             undo.callback(self.store.close)
             self.changed_blocks = ChangedBlocks(self.store, self.pool, reflinks)
-            self._build(loops, headers)
+            self._build(loops, headers, target)
             self.recover()
             self._http = HttpServer(listener, self.api.respond, tls, UNEXPECTED, "storage-connection")
             undo.pop_all()
@@ -101,14 +109,15 @@ class StorageServer:
         self._page: StatusPage | None = None
         """Made at the first request for it: most managers never show it."""
 
-    def _build(self, loops: LoopDevices, headers: LuksHeaders | None) -> None:
+    def _build(self, loops: LoopDevices, headers: LuksHeaders | None, target: NvmeTarget | None) -> None:
         settings, store, pool = self.settings, self.store, self.pool
         locks = VolumeLocks()
         self.allocator = Allocator(settings, pool, store)
         given = settings.password_file
         self.password = Password.generated(pool.password) if given is None else Password(given)
         self.password.read()
-        self.worker = worker = Worker("storage-worker", settings.retry_first_s, settings.retry_most_s)
+        pauses_s = settings.retry_first_s, settings.retry_most_s
+        self.worker = worker = Worker("storage-worker", *pauses_s, clock=self._clock)
         can_encrypt = headers is not None
         self.volumes = volumes = Volumes(settings, store, self.allocator, pool, locks, worker, can_encrypt)
         self.snapshots = Snapshots(settings.snapshot_extent_limit, store, self.allocator, pool, locks, volumes, worker)
@@ -121,8 +130,12 @@ class StorageServer:
         self.keys = HostKeyStore(pool.keys, settings.authentication == "required", join_token)
         self.clients = Clients(store, names, volumes.check_file, volumes.secure_file, self.keys.why_refused)
         self.local = LocalEngine(settings.clients, store, pool, loops, worker)
-        self.attacher = Attacher(store, pool, volumes, self.clients, (self.local,), locks, worker)
-        self.check = Periodic("storage-look", self.attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)
+        self.exports = exports = self._engine(target)
+        engines = (self.local,) if exports is None else (self.local, exports)
+        self.attacher = attacher = Attacher(store, pool, volumes, self.clients, engines, locks, worker)
+        self.checks = [Periodic("storage-look", attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)]
+        if exports is not None:
+            self.checks.append(Periodic("storage-exports", lambda: attacher.look(exports), _EXPORT_INTERVAL_S))
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.reclaims = SpaceReclaims(settings, store, pool, locks, volumes, self._sparse_files)
         self.sessions = Sessions(settings, self.password)
@@ -144,6 +157,18 @@ class StorageServer:
             self.login_limit,
             self.keys,
             self._show_status,
+        )
+
+    def _engine(self, target: NvmeTarget | None) -> NvmeEngine | None:
+        """Return the engine of other nodes; None where nothing is exported. Raises PreconditionFailed."""
+        if target is None:
+            return None
+        from csi_driver.embedded.nvme_engine import NvmeEngine, can_export
+
+        if not can_export(self.settings, self.pool, target):
+            return None
+        return NvmeEngine(
+            self.settings, self.store, self.pool, self.clients, target, self.worker, self.keys, self._clock
         )
 
     def _show_status(self, request: HttpRequest) -> HttpResponse:
@@ -223,10 +248,12 @@ class StorageServer:
     @property
     def loops(self) -> Sequence[Worker | Periodic]:
         """The background threads, for the metrics; they are not part of the health pages (docs/metrics.md)."""
-        return self.worker, self.encryptions.worker, self.check
+        return self.worker, self.encryptions.worker, *self.checks
 
     def measurements(self) -> list[Metric]:
         pool = metrics.storage(self._pool_bytes, lambda: self.allocator.totals.volumes, self._attachments)
+        if self.exports is not None:
+            pool += metrics.exports(self.exports.counts)
         cut = self.snapshots.cuts.measurements(lambda: len(self.store.all(SNAPSHOTS)))
         return [*pool, *cut, *metrics.background(self.loops)]
 
@@ -274,7 +301,8 @@ class StorageServer:
             wait([self._serving])
         self._http.hang_up(socket.SHUT_RD, _GRACE_S)
         self._http.server_close()
-        self.check.stop(wait_s=_GRACE_S)
+        for check in self.checks:
+            check.stop(wait_s=_GRACE_S)
         self.worker.stop()
         self.encryptions.worker.stop()
         self.store.close()
@@ -289,9 +317,10 @@ def serve(
     reflinks: Reflinks | None = None,
     freezes: Freezes | None = None,
     sparse_files: SparseFiles | None = None,
+    target: NvmeTarget | None = None,
 ) -> int:
     """Run the manager inside the context `beside(server)` until SIGTERM or SIGINT. Returns the exit status."""
-    server = StorageServer(settings, loops, headers, reflinks, freezes, sparse_files)
+    server = StorageServer(settings, loops, headers, reflinks, freezes, sparse_files, target)
     try:
         with beside(server):
             server.run(lambda: _announce(server))

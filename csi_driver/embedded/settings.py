@@ -6,6 +6,7 @@ The adapters of the ports are in csi_driver.host.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -36,6 +37,9 @@ from csi_driver.settings import DEVICE_DIRECTORY, NODE_NAME, OVERCOMMIT, PREALLO
 
 MIB = 1 << 20
 _MOST_TIMES = 100
+_MOST_PORTALS, _MOST_PORTS = 8, 8192
+"""Limits of `csi_driver.host.nvme_target`."""
+LOOP, NVME_TCP, AUTO = "loop", "nvme-tcp", "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,26 @@ def read_factor(value: str) -> float:
     if not (re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", value) and float(value) <= _MOST_TIMES):
         raise ValueError(f"a number from 0 to {_MOST_TIMES}")
     return float(value)
+
+
+@reader("ADDRESS")
+def read_portal(value: str) -> str:
+    try:
+        address = ipaddress.ip_address(value)
+    except ValueError:
+        raise ValueError("an IP address") from None
+    if address.is_unspecified or address.is_multicast or getattr(address, "scope_id", None):
+        raise ValueError("an IP address of this machine, which nodes can reach")
+    return str(address)
+
+
+@reader("LOW-HIGH", "TCP ports")
+def read_ports(value: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{4,5})-([0-9]{4,5})", value)
+    low, high = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1024 <= low <= high <= 65535 or high - low >= _MOST_PORTS:
+        raise ValueError(f"LOW-HIGH, at most {_MOST_PORTS} ports from 1024 to 65535")
+    return low, high
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +137,28 @@ class StorageSettings:
         read_positive_duration,
         "Longest time for which the mounted filesystems of a group are frozen while its snapshots are made; then they"
         " are thawed, and the request fails.",
+    )
+    export: str = flag(
+        LOOP,
+        "--export",
+        choice(LOOP, NVME_TCP, AUTO),
+        "How nodes get volumes: loop devices for the clients of this machine alone, or also NVMe/TCP for every other"
+        " node; auto = NVMe/TCP if this machine can.",
+    )
+    export_addresses: tuple[str, ...] = repeatable(
+        (),
+        "--export-address",
+        read_portal,
+        "Address of this machine in the storage network, at which nodes reach their volumes; several give several"
+        " paths.",
+        shown="none",
+    )
+    export_ports: tuple[int, int] = flag(
+        (23000, 27999),
+        "--export-ports",
+        read_ports,
+        "Ports of the exports; each attached volume has one.",
+        shown="23000-27999",
     )
     node_name: str = NODE_NAME.field()
     device_directory: Path = DEVICE_DIRECTORY.field()
@@ -183,6 +229,12 @@ class StorageSettings:
             yield "--client names a client twice"
         if len({client.device_directory for client in self.clients}) != len(self.clients):
             yield "--client gives two clients one directory, expected one of its own for each"
+        if self.export == NVME_TCP and not self.export_addresses:
+            yield "--export nvme-tcp needs --export-address, an address of this machine in the storage network"
+        if len(set(self.export_addresses)) != len(self.export_addresses):
+            yield "--export-address names an address twice"
+        if len(self.export_addresses) > _MOST_PORTALS:
+            yield f"--export-address: expected at most {_MOST_PORTALS}, got {len(self.export_addresses)}"
         if (self.tls_certificate is None) != (self.tls_key is None):
             yield "--tls-certificate and --tls-key must be given together"
         if self.authentication == "required" and self.join_token_file is None:

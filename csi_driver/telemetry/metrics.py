@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from csi_driver.background import Background
-    from csi_driver.host_model import NvmeStates
+    from csi_driver.host_model import ExportCounts, NvmeStates
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -287,6 +287,27 @@ def storage(
         ),
         _gauge("nvmesh_csi_storage_volumes", "Volumes in the pool.", volumes),
         _gauge("nvmesh_csi_storage_attachments", "Attachments of all clients.", attachments),
+    ]
+
+
+def exports(read: Callable[[], ExportCounts]) -> list[Metric]:
+    states = _by("state", lambda: {"exported": (found := read()).exported, "waiting": found.waiting})
+    return [
+        Reading(
+            "nvmesh_csi_storage_exports",
+            "Attachments of nodes: exported over NVMe/TCP, or waiting (not exported yet, or it failed).",
+            *states,
+        ),
+        _gauge(
+            "nvmesh_csi_storage_export_connections",
+            "TCP connections of nodes to their exports.",
+            lambda: read().connections,
+        ),
+        _gauge(
+            "nvmesh_csi_storage_export_ports_free",
+            "Ports left for new attachments of nodes.",
+            lambda: read().ports_free,
+        ),
     ]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from csi_driver import flags as read
 from csi_driver.config import parse
-from csi_driver.embedded.settings import read_client, read_factor
+from csi_driver.embedded.settings import read_client, read_factor, read_portal, read_ports
 from csi_driver.flags import Flag
 from tests.tools.chart_schema import OWN_VALUES, flags_of, value_name
 from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Rendered, helm, render
@@ -47,6 +47,8 @@ def other_value(flag: Flag[object]) -> Any:
         read.read_socket.read: "/elsewhere/csi.sock",
         read_client.read: "other=/elsewhere",
         read_factor.read: 0.5,
+        read_portal.read: "10.0.0.1",
+        read_ports.read: "24000-24999",
         read.read_text.read: "words with spaces, and: a colon",
     }
     if flag.read.read in samples:
@@ -60,7 +62,8 @@ def free_flags(role: str) -> dict[str, Any]:
     for flag in flags_of(role):
         if flag.name not in OWN_VALUES[role]:
             value = other_value(flag)
-            found[flag.name] = [value, "second=/elsewhere/2"] if flag.is_repeatable else value
+            second = "10.0.0.2" if flag.read is read_portal else "second=/elsewhere/2"
+            found[flag.name] = [value, second] if flag.is_repeatable else value
     return found
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded.http import COOKIE
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import (
@@ -20,6 +21,7 @@ from csi_driver.embedded.settings import (
     Freezes,
     LoopDevices,
     LuksHeaders,
+    NvmeTarget,
     Reflinks,
     SparseFiles,
     StorageSettings,
@@ -59,8 +61,10 @@ class Manager:
         reflinks: Reflinks | None = None,
         freezes: Freezes | None = None,
         sparse_files: SparseFiles | None = None,
+        target: NvmeTarget | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self.server = StorageServer(settings, loops, headers, reflinks, freezes, sparse_files)
+        self.server = StorageServer(settings, loops, headers, reflinks, freezes, sparse_files, target, clock)
         self._switches = Switches(self.server)
         self._session = self.server.sessions.open(settings.user, self.server.password.path.read_text().strip())
 
@@ -213,8 +217,10 @@ def running(
     reflinks: Reflinks | None = None,
     freezes: Freezes | None = None,
     sparse_files: SparseFiles | None = None,
+    target: NvmeTarget | None = None,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> Iterator[Manager]:
-    manager = Manager(settings, loops or FakeLoopDevices(), headers, reflinks, freezes, sparse_files)
+    manager = Manager(settings, loops or FakeLoopDevices(), headers, reflinks, freezes, sparse_files, target, clock)
     try:
         yield manager
     finally:

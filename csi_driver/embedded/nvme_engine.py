@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaches volumes to nodes over NVMe/TCP: the kernel's target exports the file of an attachment, to one host alone.
+
+The kernel has the state, the attachment's row the name and the TCP port, so that a start of the manager changes nothing
+and a start of the machine makes the same exports again. The port's connections tell whether the node uses the volume.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+
+from csi_driver.background import Worker
+from csi_driver.deadline import SYSTEM_CLOCK, Clock
+from csi_driver.embedded.clients import Clients, Pair
+from csi_driver.embedded.documents import NO_FREE_PORT, ApiError, detail
+from csi_driver.embedded.engines import Hold
+from csi_driver.embedded.host_keys import HostKeyStore
+from csi_driver.embedded.layouts import BLOCK_SIZE
+from csi_driver.embedded.model import (
+    ATTACHED,
+    ATTACHMENTS,
+    FACTS,
+    REPORTS,
+    Attachment,
+    Volume,
+    client_hash,
+    new_token,
+)
+from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.settings import LOOP, NVME_TCP, NvmeTarget, StorageSettings
+from csi_driver.embedded.store import Change, Store
+from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.host_model import Connection, ExportCounts, HostKeys, SocketState, TargetExport
+from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
+
+_log = logging.getLogger(__name__)
+
+SILENT_S = 15.0
+"""Time without a connection after which a node counts as dead or cut off. It reconnects every 2 s, and the keep-alive
+time in which the target notices a dead one is 5 s."""
+REFUSED_S = 900.0
+"""Time for which a node that was cut off is told so: longer than it tries to connect."""
+_OPENING = (SocketState.ESTABLISHED, SocketState.SYN_RECEIVED, SocketState.NEW_SYN_RECEIVED)
+_CLOSED_BY_TARGET = (SocketState.FIN_WAIT1, SocketState.FIN_WAIT2, SocketState.CLOSING)
+
+
+def can_export(settings: StorageSettings, pool: Pool, target: NvmeTarget) -> bool:
+    """Return whether volumes are exported. Raises PreconditionFailed where they must be, and cannot be."""
+    if settings.export == LOOP:
+        return False
+    why_not = target.why_not() if settings.export_addresses else "--export-address is not given"
+    if not why_not and (found := pool.block_bytes()) < BLOCK_SIZE:
+        why_not = f"the filesystem of {pool.directory} has blocks of {found} bytes, expected {BLOCK_SIZE}"
+    if not why_not:
+        _log.info("volumes are exported over NVMe/TCP at %s", ", ".join(settings.export_addresses))
+    elif settings.export == NVME_TCP:
+        raise PreconditionFailed(f"volumes cannot be exported over NVMe/TCP: {why_not}")
+    else:
+        _log.info("volumes are not exported over NVMe/TCP: %s", why_not)
+    return not why_not
+
+
+class _Use(Enum):
+    """Use of an export by its node, by the connections to its port."""
+
+    CONNECTED = "connected, or perhaps about to connect again"
+    ENDED = "the node has closed its connections"
+    LOST = "the node has been dead or cut off for a while"
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """`inode`: of its file, 0 = unknown. `is_whole`: the kernel has it so; else it may have a part of it."""
+
+    target: TargetExport
+    inode: int
+    is_whole: bool
+    keys: HostKeys | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        return not self.target.hosts
+
+
+@dataclass(eq=False)
+class NvmeEngine:
+    """Methods as in `csi_driver.embedded.engines.Engine`.
+
+    A node has the name of its client. A host that the kernel allows without a row stands under its NQN.
+    """
+
+    settings: StorageSettings
+    store: Store
+    pool: Pool
+    clients: Clients
+    target: NvmeTarget
+    worker: Worker
+    keys: HostKeyStore
+    clock: Clock = SYSTEM_CLOCK
+    needs_client = False
+    _exports: dict[Pair, _Export] = field(default_factory=dict)
+    _of_volume: dict[str, set[str]] = field(default_factory=dict)
+    _used: set[int] = field(default_factory=set)
+    _next: int = 0
+    _unproven: set[str] = field(default_factory=set)
+    """NQNs of attachments from before the start: their nodes may not have connected again yet."""
+    _closing: dict[str, float] = field(default_factory=dict)
+    """Since when the target has been closing the connections of an NQN, because it noticed no host."""
+    _silent: dict[str, float] = field(default_factory=dict)
+    """When a client had a connection last, or got its first export."""
+    _looked_s: float = 0.0
+    _connections: int = 0
+
+    def __post_init__(self) -> None:
+        self._started_s = self._looked_s = self.clock.monotonic()
+        self.clients.has_exports = True
+        self.clients.place = self.place
+
+    # --- start ---
+
+    def recover(self) -> set[str]:
+        rows = [row for row in self.store.everywhere(ATTACHMENTS) if self._is_node(row.client)]
+        by_nqn = {self._nqn(row): row for row in rows}
+        self._used = {row.port for row in rows}
+        self._unproven = set(by_nqn)
+        for found in self.target.exported(self._pool_uuid):
+            row = by_nqn.get(found.nqn)
+            if row is not None:
+                # The path may be that of an earlier container: the row has the inode.
+                wanted = self._wanted(row, found.file)
+                known = found if found.is_linked else replace(found, port=row.port, addresses=wanted.addresses)
+                self._put((row.client, row.uuid), _Export(known, row.inode, is_whole=found == wanted))
+                continue
+            self._used.add(found.port)
+            if not found.is_linked:
+                self.worker.soon(*self._withdrawing(found))
+            elif found.hosts:
+                self._unproven.add(found.nqn)
+                self._put((next(iter(found.hosts)), volume_of(found.nqn)), _Export(found, 0, is_whole=True))
+            else:
+                self.worker.later(*self._withdrawing(found), REFUSED_S)
+        return {self._copy_of(row).name for row in rows}
+
+    def forget_others(self, wanted: Collection[tuple[str, str]]) -> None:
+        """Nothing is left of other attachments: the exports without a row are holds like all others."""
+
+    @property
+    def _pool_uuid(self) -> str:
+        fact = self.store.get(FACTS, "dbUUID")
+        return fact.value if fact is not None else ""
+
+    def _nqn(self, row: Attachment) -> str:
+        return subsystem_nqn(self._pool_uuid, row.uuid, row.token)
+
+    def _copy_of(self, row: Attachment) -> Path:
+        return self.pool.private_file(row.uuid, client_hash(row.client))
+
+    def _wanted(self, row: Attachment, file: Path) -> TargetExport:
+        hosts = frozenset((host_nqn(row.client),))
+        return TargetExport(self._nqn(row), row.uuid, file, row.port, self.settings.export_addresses, hosts)
+
+    def _put(self, pair: Pair, export: _Export) -> None:
+        self._exports[pair] = export
+        self._of_volume.setdefault(pair[1], set()).add(pair[0])
+        self._silent.setdefault(pair[0], self.clock.monotonic())
+
+    def _forget(self, pair: Pair) -> None:
+        del self._exports[pair]
+        left = self._of_volume[pair[1]]
+        left.discard(pair[0])
+        if not left:
+            del self._of_volume[pair[1]]
+
+    # --- what nodes have ---
+
+    def serves(self, client: str) -> bool:
+        return ":" in client or self._is_node(client)
+
+    def _is_node(self, client: str) -> bool:
+        found = self.clients.find(client)
+        return found is not None and self.clients.connects_on_demand(found)
+
+    def is_down(self, client: str) -> bool:
+        """Return whether no look has found a connection of a node with exports for a while."""
+        return self._looked_s - self._silent.get(client, self._looked_s) >= SILENT_S
+
+    def is_connected(self, client: str) -> bool:
+        ports = [export.target.port for pair, export in list(self._exports.items()) if pair[0] == client]
+        return any(each.is_live for found in self.target.connections(ports).values() for each in found)
+
+    def pairs(self) -> Collection[Pair]:
+        return list(self._exports)
+
+    def holders(self, identity: str) -> Iterable[str]:
+        return list(self._of_volume.get(identity, ()))
+
+    def hold(self, client: str, identity: str) -> Hold | None:
+        found = self._exports.get((client, identity))
+        if found is None:
+            return None
+        target = found.target
+        paths = tuple(f"[{at}]:{target.port}" if ":" in at else f"{at}:{target.port}" for at in target.addresses)
+        return Hold(
+            f"the export at port {target.port}",
+            f"{target.nqn} at {', '.join(paths)}",
+            target.file,
+            is_cut=found.is_cut,
+            is_private=self._is_private(target),
+            export=NvmeExport(target.nqn, paths) if found.is_whole and not found.is_cut else None,
+        )
+
+    def _is_private(self, target: TargetExport) -> bool:
+        return target.file.parent.name == self.pool.private.name
+
+    def has_file(self, client: str, identity: str, file: Path) -> bool:
+        found = self._exports[client, identity]
+        return not found.inode or found.inode == self.pool.inode(file)
+
+    def fits(self, wanted: Attachment, *, private: bool) -> bool:
+        found = self._exports[wanted.client, wanted.uuid]
+        is_same = found.target.nqn == self._nqn(wanted) and self._is_private(found.target) == private
+        return is_same and not found.is_cut
+
+    def counts(self) -> ExportCounts:
+        exported = sum(found.is_whole and not found.is_cut for found in list(self._exports.values()))
+        rows = sum(row.is_attaching and self._is_node(row.client) for row in self.store.everywhere(ATTACHMENTS))
+        low, high = self.settings.export_ports
+        free = high - low + 1 - sum(low <= port <= high for port in list(self._used))
+        return ExportCounts(exported, max(0, rows - exported), self._connections, free)
+
+    # --- changes ---
+
+    def place(self, identity: str) -> tuple[int, int]:
+        """Return a free TCP port for a new attachment, and the inode of the volume's file. Raises ApiError."""
+        return self._free_port(), self.pool.inode(self.pool.file(identity))
+
+    def _free_port(self) -> int:
+        """Return a port that was not given out for as long as possible: earlier nodes may still try it."""
+        low, high = self.settings.export_ports
+        width = high - low + 1
+        for number in range(self._next, self._next + width):
+            port = low + number % width
+            if port not in self._used:
+                self._used.add(port)
+                self._next = port - low + 1
+                return port
+        reason = f"all ports from {low} to {high} are in use; raise --export-ports"
+        raise ApiError(1694, "The volume is not attached", detail(NO_FREE_PORT, reason))
+
+    def attach(self, volume: Volume, wanted: Attachment, file: Path, *, private: bool) -> None:
+        if why := self.keys.why_refused(wanted.client):
+            raise PreconditionFailed(why)
+        inode = self.pool.inode(file)
+        if inode != wanted.inode:
+            self._change(wanted, lambda row: replace(row, inode=inode))
+        # From here on the node may have I/O, whatever the kernel answers.
+        pair = wanted.client, wanted.uuid
+        self._put(pair, _Export(self._wanted(wanted, file), inode, is_whole=False))
+        self._apply(pair)
+
+    def _change(self, row: Attachment, change: Callable[[Attachment], Attachment]) -> None:
+        """Change the row of an attachment, unless another attachment has taken its place."""
+
+        def put(view: Change) -> None:
+            current = view.get(ATTACHMENTS, row.uuid, row.client)
+            if current is not None and current.token == row.token:
+                view.put(ATTACHMENTS, row.uuid, change(current), row.client)
+
+        self.store.write(put)
+
+    def _apply(self, pair: Pair) -> None:
+        found, keys = self._exports[pair], self.keys.get(pair[0])
+        try:
+            self.target.apply(found.target, {} if keys is None else {host_nqn(pair[0]): keys})
+        except SystemCallFailed as problem:
+            if problem.errno == errno.EADDRINUSE and not self._was_shown(pair):
+                # Another program has the port, which no node knows yet.
+                self._renew(pair)
+                self.target.withdraw(found.target)
+                self._forget(pair)
+            raise
+        if self._inode_here(found.target) != found.inode:
+            self.target.withdraw(found.target)
+            self._forget(pair)
+            raise HostFailure(f"{found.target.file} was replaced while it was being exported; retried")
+        self._put(pair, replace(found, is_whole=True, keys=keys))
+
+    def _was_shown(self, pair: Pair) -> bool:
+        report = self.store.get(REPORTS, pair[1], pair[0])
+        return report is not None and report.status == ATTACHED
+
+    def _inode_here(self, target: TargetExport) -> int:
+        directory = self.pool.private if self._is_private(target) else self.pool.volumes
+        return self.pool.inode(directory / target.file.name)
+
+    def _renew(self, pair: Pair) -> None:
+        """Give a row whose export ends another name: what a node has queued for this one must never arrive."""
+        row, found = self.store.get(ATTACHMENTS, pair[1], pair[0]), self._exports[pair]
+        if row is not None and self._nqn(row) == found.target.nqn:
+            self._change(row, lambda current: replace(current, token=new_token(), port=self._free_port()))
+
+    def keep(self, wanted: Attachment) -> None:
+        """Complete an export that the kernel has a part of, or has with other addresses or another key."""
+        pair = wanted.client, wanted.uuid
+        found = self._exports[pair]
+        if found.is_cut or found.target.nqn != self._nqn(wanted):
+            return
+        file = found.target.file if found.target.file.name else self.pool.file(wanted.uuid)
+        target = self._wanted(wanted, file)
+        if found.is_whole and found.target == target and found.keys == self.keys.get(wanted.client):
+            return
+        if why := self.keys.why_refused(wanted.client):
+            if found.is_whole:
+                return  # a restart cuts off no node that was allowed before
+            raise PreconditionFailed(why)
+        self._put(pair, replace(found, target=target, is_whole=False))
+        self._apply(pair)
+
+    def show(self, volume: Volume, wanted: Attachment) -> None:
+        """The node reads the state of its attachments from its own kernel."""
+
+    def hide(self, client: str, volume_name: str) -> None: ...
+
+    def grow(self, client: str, identity: str) -> None:
+        found = self._exports[client, identity]
+        if found.is_whole and not found.is_cut:
+            self.target.grow(found.target)
+
+    def release(self, client: str, identity: str, volume_name: str | None, *, row_stays: bool) -> bool:
+        pair = client, identity
+        found, port = self._exports[pair], self._exports[pair].target.port
+        use = _Use.ENDED
+        if not found.is_cut:
+            use = self._use(found.target.nqn, self.target.connections((port,)).get(port, ()))
+        if use is _Use.CONNECTED:
+            return False
+        if row_stays:
+            self._renew(pair)
+        if use is _Use.LOST:
+            found = self._refuse(pair)
+        if found.is_cut:
+            self.worker.later(*self._withdrawing(found.target), REFUSED_S)
+        else:
+            self._withdraw(found.target)
+        self._forget(pair)
+        return True
+
+    def cut_off(self, client: str, identity: str, volume_name: str, *, is_down: bool) -> bool:
+        self._refuse((client, identity))
+        self._renew((client, identity))
+        return True
+
+    def _refuse(self, pair: Pair) -> _Export:
+        """End the I/O of a node; it finds itself refused when it connects, and so knows that it lost the volume."""
+        found = self._exports[pair]
+        cut = replace(found, target=replace(found.target, hosts=frozenset(), is_enabled=False), is_whole=True)
+        self.target.apply(cut.target)
+        self._exports[pair] = cut
+        return cut
+
+    def _withdrawing(self, target: TargetExport) -> tuple[str, Callable[[], bool]]:
+        return f"withdraw {target.nqn}", lambda: self._withdraw(target)
+
+    def _withdraw(self, target: TargetExport) -> bool:
+        self.target.withdraw(target)
+        self._used.discard(target.port)
+        return True
+
+    # --- connections ---
+
+    def _use(self, nqn: str, found: Sequence[Connection]) -> _Use:
+        now_s = self.clock.monotonic()
+        if any(each.state in _OPENING for each in found):
+            self._unproven.discard(nqn)
+            self._closing.pop(nqn, None)
+            return _Use.CONNECTED
+        since_s = self._started_s if nqn in self._unproven else None
+        if any(each.state in _CLOSED_BY_TARGET for each in found):
+            since_s = self._closing.setdefault(nqn, now_s)
+        else:
+            self._closing.pop(nqn, None)
+        if since_s is None:
+            return _Use.ENDED
+        return _Use.LOST if now_s - since_s >= SILENT_S else _Use.CONNECTED
+
+    def look(self) -> list[Pair]:
+        """Look at the connections to all exports; return the attachments that no node uses."""
+        exports = list(self._exports.items())
+        found = self.target.connections([export.target.port for _, export in exports]) if exports else {}
+        now_s, live, unused = self.clock.monotonic(), set[str](), list[Pair]()
+        for pair, export in exports:
+            connections = found.get(export.target.port, ())
+            if any(each.is_live for each in connections):
+                live.add(pair[0])
+            if self._use(export.target.nqn, connections) is not _Use.CONNECTED:
+                unused.append(pair)
+        for nqn in self._closing.keys() - {export.target.nqn for _, export in exports}:
+            self._closing.pop(nqn, None)
+        self._silent = {
+            client: now_s if client in live else self._silent.get(client, now_s) for client, _ in dict(exports)
+        }
+        self._connections = sum(each.is_live for connections in found.values() for each in connections)
+        self._looked_s = now_s
+        return unused
+
+
+def volume_of(nqn: str) -> str:
+    return nqn.split(":")[-2]
