@@ -32,7 +32,7 @@ from csi_driver.errors import (
 from csi_driver.host import block_devices
 from csi_driver.host.connectors.nvme_records import Connection, Records
 from csi_driver.host.nvme_host import ENDING, HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
-from csi_driver.host_model import ConnectOptions, DeviceNumber, VolumeStatus
+from csi_driver.host_model import ConnectOptions, DeviceNumber, NvmeOrphan, VolumeStatus
 from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, split_path
 from csi_driver.thread_pool import Job, Pool
 
@@ -44,7 +44,7 @@ DELAYED_REMOVAL, DELAYED_REMOVAL_S = "delayed_removal_secs", 60
 write shortens a wait that has begun, and a volume that was taken over cannot be disconnected before its end."""
 IO_TIMEOUT_S, MOST_IO_QUEUES = 600, 4
 _QUEUE_SIZE, _KEEP_ALIVE_S, _RECONNECT_DELAY_S = 128, 5, 2
-_GONE_FIRST_S = 0.005
+_GONE_FIRST_S, _ORPHAN_S = 0.005, 10.0
 _DELETES_AT_ONCE = 8
 _ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)
 _KEY_FAILURES = (errno.ENOKEY, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EKEYREVOKED)
@@ -126,7 +126,8 @@ class NvmeVolumes:
         self.records.put(wanted)
         self._connect_paths(wanted, deadline)
         if not deadline.wait_until(lambda: self.place_node(wanted), first_s=_GONE_FIRST_S):
-            raise DeadlineReached(f"the device of volume {name}: {self._details(wanted)}")
+            missing = _why_no_io(wanted, self.subsystem(export.nqn)) or "its block device is not made yet"
+            raise DeadlineReached(f"the device of volume {name} ({missing})")
 
     def _connect_paths(self, wanted: Connection, deadline: Deadline) -> None:
         missing = self.missing_paths(wanted)
@@ -257,28 +258,18 @@ class NvmeVolumes:
             return None
         subsystem = self.subsystem(record.export.nqn)
         head = next(iter(subsystem.heads), None) if subsystem is not None else None
-        usable = subsystem is not None and head is not None and any(each.is_usable for each in subsystem.controllers)
-        is_enabled = usable and not record.is_refused
+        why_not = _why_no_io(record, subsystem)
         return VolumeStatus(
             name=name,
             uuid=record.uuid,
             size_bytes=head.size_bytes if head is not None else None,
-            io_enabled=is_enabled,
+            io_enabled=not why_not,
             refuses_writes=False,
             preempted=record.is_refused,
-            details="" if is_enabled else self._details(record),
+            details=why_not,
             holders=tuple(sorted(record.holders)),
             nqn=record.export.nqn,
         )
-
-    def _details(self, record: Connection) -> str:
-        if record.is_refused:
-            return "the storage machine refuses this node"
-        subsystem = self.subsystem(record.export.nqn)
-        if subsystem is None:
-            return f"no path is connected, of {', '.join(record.export.paths)}"
-        paths = (f"{each.path} is {' '.join((each.state, *each.ana_states))}" for each in subsystem.controllers)
-        return ", ".join(paths) or "all paths are lost"
 
     def evidence_of(self, number: DeviceNumber) -> str | None:
         """Return the volume uuid of a namespace that this node can have connected; None for any other device.
@@ -336,6 +327,14 @@ class NvmeVolumes:
             self._wait(job, f"the paths of the NVMe subsystem {nqn} to close", deadline)
         if not deadline.wait_until(lambda: self.subsystem(nqn) is None, first_s=_GONE_FIRST_S):
             raise DeadlineReached(f"the NVMe subsystem {nqn} to leave the kernel")
+
+    def remove_orphan(self, orphan: NvmeOrphan) -> bool:
+        """End an orphan, whose device is closed, within a few seconds; False when it has not gone by then."""
+        try:
+            self.end_subsystem(orphan.nqn, Deadline.after(_ORPHAN_S, self.clock))
+        except DeadlineReached:
+            return False
+        return True
 
     def start_deletes(self, nqn: str, keep: Collection[str] = ()) -> list[Job[None]]:
         """Start to end all paths but those to `keep`; with none to keep, I/O that waits for a path fails."""
@@ -397,6 +396,23 @@ class NvmeVolumes:
         if isinstance(failure, DriverError):
             raise same_again(failure) from failure
         job.result()
+
+
+def _why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
+    """Return why the volume carries no I/O now; empty when it does."""
+    if record.is_refused:
+        return "the storage machine refuses this node"
+    if subsystem is None or not subsystem.controllers:
+        return f"no path is connected, of {', '.join(record.export.paths)}"
+    if not subsystem.heads:
+        return "its namespace is not shown"
+    try:
+        _proven(record, subsystem)
+    except PreconditionFailed as failure:
+        return str(failure)
+    if any(each.is_usable for each in subsystem.controllers):
+        return ""
+    return ", ".join(f"{each.path} is {' '.join((each.state, *each.ana_states))}" for each in subsystem.controllers)
 
 
 def _proven(record: Connection, subsystem: Subsystem) -> Head:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from csi_driver.errors import DriverError
 from csi_driver.host.connectors.nvme import PROBE_S, NvmeVolumes, Refused
 from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.nvme_host import ENDING, LIVE
-from csi_driver.host_model import NvmeOrphan
+from csi_driver.host_model import NvmeOrphan, NvmeStates
 from csi_driver.nvme_model import NvmeExport, host_nqn
 from csi_driver.thread_pool import Job
 
@@ -27,18 +26,6 @@ _LOG = logging.getLogger(__name__)
 _ROUND_S = 2.0
 """So long a round waits for the connects that it started; the next round finds those that still run."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class NvmeStates:
-    """Figures of all volumes that this node has connected. `paths`: by the kernel's state; `volumes`: by usability."""
-
-    paths: Mapping[str, int]
-    volumes: Mapping[str, int]
-    reconnects: int
-    failovers: int
-    requeued_io: int
-    orphans: int
 
 
 @dataclass(slots=True)
@@ -154,6 +141,7 @@ class PathKeeper:
             status, subsystem = self.volumes.volume(name), self.volumes.subsystem(record.export.nqn)
             enabled = status is not None and status.io_enabled
             volumes["fenced" if record.is_refused else "ready" if enabled else "no_path"] += 1
+            paths["missing"] += len(self.volumes.missing_paths(record))
             if subsystem is None:
                 continue
             for controller in subsystem.controllers:
@@ -162,4 +150,4 @@ class PathKeeper:
             for head in subsystem.heads:
                 text = self.volumes.sysfs.of_head(subsystem.name, head.name, "io_requeue_no_usable_path_count")
                 requeued += int(text) if text.isdigit() else 0
-        return NvmeStates(paths, volumes, self.reconnects, failovers, requeued, len(self.orphans()))
+        return NvmeStates(volumes, paths, len(self.orphans()), self.reconnects, failovers, requeued)
