@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes connected by NVMe/TCP: on the fake of the kernel here, and on the kernel itself in a guest."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from csi_driver.deadline import Deadline
+from csi_driver.errors import DeadlineReached, PreconditionFailed, StorageUnavailable
+from csi_driver.host.block_devices import node_number
+from csi_driver.host.connectors.nvme import NvmeVolumes, Refused
+from csi_driver.host.connectors.nvme_paths import PathKeeper
+from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM
+from csi_driver.host.nvme_target import NvmeTarget
+from csi_driver.host_model import DeviceNumber, TargetExport, VolumeStatus
+from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, subsystem_nqn
+from tests.fakes.nvme_host_kernel import HostKernel
+from tests.fakes.nvme_kernel import NvmeKernel
+
+pytestmark = pytest.mark.root
+
+IS_GUEST = os.environ.get("NVMESH_CSI_VM") == "1"
+NODE, NAME, HOLDER = "node-a", "csi-volume", "/staging/a"
+V4, V6 = "127.0.0.1", "::1"
+MIB = 1 << 20
+SIZE = 16 * MIB
+WAIT_S = 60.0
+only_fake = pytest.mark.skipif(IS_GUEST, reason="the kernel cannot be made to do this")
+_ports = itertools.count(23000)
+
+
+def soon() -> Deadline:
+    return Deadline.after(WAIT_S)
+
+
+class Machine:
+    """A target and a host on one machine."""
+
+    def __init__(self, directory: Path, kernel: HostKernel | None) -> None:
+        self.directory = directory
+        self.kernel = kernel
+        self.pool = str(uuid.uuid4())
+        self.target = NvmeTarget() if kernel is None else NvmeTarget(kernel.target.configfs, kernel.target.connections)
+        self.devices = directory / "dev"
+        self.volumes, self.keeper = self.restarted()
+        self._exports: list[TargetExport] = []
+
+    def restarted(self) -> tuple[NvmeVolumes, PathKeeper]:
+        """The node after a restart of its program."""
+        halves = {} if self.kernel is None else {"fabrics": self.kernel.fabrics, "sysfs": self.kernel.sysfs}
+        volumes = NvmeVolumes(lambda: NODE, self.devices, self.directory / "registry", **halves)  # type: ignore[arg-type]
+        self.volumes, self.keeper = volumes, PathKeeper(volumes)
+        return volumes, self.keeper
+
+    def export(
+        self, volume: str, *, token: str = "1", addresses: tuple[str, ...] = (V4,), host: str = NODE
+    ) -> TargetExport:
+        file = self.directory / volume
+        if not file.exists():
+            file.touch()
+            os.truncate(file, SIZE)
+        nqn = subsystem_nqn(self.pool, volume, token)
+        wanted = TargetExport(nqn, volume, file, next(_ports), addresses, frozenset({host_nqn(host)}))
+        self._exports.append(self.target.apply(wanted))
+        return wanted
+
+    def connect(self, export: TargetExport, *, holder: str = HOLDER, size_bytes: int = SIZE, **changes: object) -> None:
+        self.volumes.connect(
+            NAME,
+            export.uuid,
+            replace(at(export), **changes),
+            size_bytes,
+            holder,
+            deadline=soon(),  # type: ignore[arg-type]
+        )
+
+    @property
+    def node(self) -> Path:
+        return self.devices / NAME
+
+    def number(self) -> DeviceNumber:
+        found = node_number(self.node)
+        assert found is not None
+        return found
+
+    def controllers(self, export: TargetExport) -> dict[str, str]:
+        subsystem = self.volumes.sysfs.find(export.nqn)
+        return {each.path: each.state for each in subsystem.controllers} if subsystem is not None else {}
+
+    def status(self) -> VolumeStatus:
+        found = self.volumes.volume(NAME)
+        assert found is not None
+        return found
+
+    def io_enabled(self) -> bool:
+        return self.status().io_enabled is True
+
+    def close(self) -> None:
+        with contextlib.suppress(StorageUnavailable):
+            for name in self.volumes.names():
+                for holder in self.volumes.records.all()[name].holders:
+                    self.volumes.disconnect(name, holder, deadline=Deadline.after(10))
+        for export in self._exports:
+            with contextlib.suppress(StorageUnavailable):
+                self.volumes.end_subsystem(export.nqn, Deadline.after(10))
+            self.target.withdraw(export)
+
+
+def at(export: TargetExport) -> NvmeExport:
+    paths = tuple(f"[{each}]:{export.port}" if ":" in each else f"{each}:{export.port}" for each in export.addresses)
+    return NvmeExport(export.nqn, paths)
+
+
+@pytest.fixture
+def volume() -> str:
+    return str(uuid.uuid4())
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    kernel = None if IS_GUEST else HostKernel(NvmeKernel(), tmp_path / "sys", devices=True)
+    made = Machine(tmp_path, kernel)
+    if IS_GUEST:
+        assert made.target.why_not() == ""
+        assert made.volumes.why_not() == ""
+    yield made
+    made.close()
+    if kernel is not None:
+        kernel.close()
+
+
+def kernel_of(machine: Machine) -> HostKernel:
+    assert machine.kernel is not None
+    return machine.kernel
+
+
+def eventually(claim: Callable[[], bool]) -> bool:
+    return soon().wait_until(claim)
+
+
+def kept_until(machine: Machine, claim: Callable[[], bool]) -> bool:
+    """Tell if the claim comes true while the keeper makes its rounds."""
+
+    def look() -> bool:
+        machine.keeper.keep()
+        return claim()
+
+    return eventually(look)
+
+
+# --- connect and prove ---
+
+
+def test_a_connected_volume_has_a_device_node_of_its_proven_namespace(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    assert stat.S_ISBLK(machine.node.stat().st_mode)
+    assert machine.volumes.evidence_of(machine.number()) == volume
+    status = machine.status()
+    assert (status.uuid, status.size_bytes, status.io_enabled, status.preempted) == (volume, SIZE, True, False)
+    assert status.holders == (HOLDER,)
+
+
+def test_data_written_to_the_device_is_in_the_exported_file(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    fd = os.open(machine.node, os.O_RDWR)
+    os.pwrite(fd, b"written by the node", 4096)
+    os.fsync(fd)
+    os.close(fd)
+    with export.file.open("rb") as file:
+        file.seek(4096)
+        assert file.read(19) == b"written by the node"
+
+
+def test_a_repeated_connect_changes_nothing(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    number, entries = machine.number(), machine.volumes.sysfs.entries()
+    machine.connect(export)
+    assert (machine.number(), machine.volumes.sysfs.entries()) == (number, entries)
+
+
+def test_every_portal_is_a_path(machine: Machine, volume: str) -> None:
+    export = machine.export(volume, addresses=(V4, V6))
+    machine.connect(export)
+    assert kept_until(machine, lambda: machine.controllers(export) == dict.fromkeys(at(export).paths, "live"))
+
+
+def test_one_path_that_answers_is_enough(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    dead = f"[{V6}]:{export.port}"
+    machine.connect(export, paths=(dead, *at(export).paths))
+    assert machine.io_enabled()
+    assert list(machine.controllers(export)) == list(at(export).paths)
+
+
+def test_the_keeper_connects_a_path_that_answers_later(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    both = replace(export, addresses=(V4, V6))
+    machine.connect(both)
+    machine.target.apply(both)
+    assert kept_until(machine, lambda: machine.controllers(both) == dict.fromkeys(at(both).paths, "live"))
+
+
+def test_without_a_path_that_answers_the_volume_is_not_connected_and_a_retry_is(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.target.withdraw(export)
+    with pytest.raises(StorageUnavailable, match="no path of volume"):
+        machine.connect(export)
+    assert not machine.node.exists()
+    machine.target.apply(export)
+    machine.connect(export)
+    assert machine.io_enabled()
+
+
+def test_another_volume_behind_the_name_gets_no_device_node(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    with pytest.raises(PreconditionFailed, match="expected the uuid"):
+        machine.connect(replace(export, uuid=str(uuid.uuid4())))
+    assert not machine.node.exists()
+    assert not machine.io_enabled()
+
+
+def test_a_namespace_that_is_smaller_than_the_volume_gets_no_device_node(machine: Machine, volume: str) -> None:
+    with pytest.raises(PreconditionFailed, match="expected at least"):
+        machine.connect(machine.export(volume), size_bytes=SIZE + 4096)
+    assert not machine.node.exists()
+
+
+def test_a_namespace_of_another_block_size_gets_no_device_node(machine: Machine, volume: str) -> None:
+    with pytest.raises(PreconditionFailed, match="expected the block size 512"):
+        machine.connect(machine.export(volume), block_bytes=512)
+    assert not machine.node.exists()
+
+
+def test_a_volume_that_grew_since_it_was_published_is_connected(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    os.truncate(export.file, 2 * SIZE)
+    machine.target.grow(export)
+    assert eventually(
+        lambda: (machine.volumes.volume(NAME) or 0) and machine.volumes.volume(NAME).size_bytes == 2 * SIZE
+    )  # type: ignore[union-attr]
+    machine.connect(export)
+    assert machine.io_enabled()
+
+
+def test_a_left_over_node_of_another_device_is_replaced(machine: Machine, volume: str) -> None:
+    machine.devices.mkdir()
+    os.mknod(machine.node, stat.S_IFBLK | 0o600, os.makedev(1, 1))
+    machine.connect(machine.export(volume))
+    assert machine.volumes.evidence_of(machine.number()) == volume
+
+
+def test_a_device_that_is_no_namespace_is_no_evidence(machine: Machine) -> None:
+    assert machine.volumes.evidence_of(DeviceNumber(1, 1)) is None
+    assert machine.volumes.evidence_of(DeviceNumber(259, 999_999)) is None
+
+
+# --- refused ---
+
+
+def test_a_node_that_the_target_refuses_is_told_so_and_marked(machine: Machine, volume: str) -> None:
+    export = machine.export(volume, host="node-b")
+    with pytest.raises(Refused, match="refuses this node"):
+        machine.connect(export)
+    status = machine.status()
+    assert (status.preempted, status.io_enabled) == (True, False)
+
+
+def test_the_target_tells_a_refused_host_from_a_missing_subsystem(machine: Machine, volume: str) -> None:
+    export = machine.export(volume, host="node-b")
+    (path,) = at(export).paths
+
+    def ask(nqn: str, node: str) -> int | None:
+        return machine.volumes.fabrics.ask(path, nqn, host_nqn(node), host_uuid(node), 5)
+
+    assert ask(export.nqn, NODE) == HOST_REFUSED
+    assert ask(subsystem_nqn(machine.pool, str(uuid.uuid4()), "1"), "node-b") == NO_SUBSYSTEM
+    assert ask(export.nqn, "node-b") == 0
+    machine.target.withdraw(export)
+    assert ask(export.nqn, "node-b") is None
+
+
+# --- disconnect ---
+
+
+def test_the_last_holder_disconnects(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.connect(export, holder="/staging/b")
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.io_enabled()
+    number = machine.number()
+    machine.volumes.disconnect(NAME, "/staging/b", deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+    assert machine.volumes.evidence_of(number) is None
+    assert not machine.node.exists()
+    assert machine.volumes.names() == frozenset()
+    machine.volumes.disconnect(NAME, "/staging/b", deadline=soon())
+
+
+def test_a_disconnect_succeeds_only_when_the_subsystem_has_left(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    fd = os.open(machine.node, os.O_RDONLY)
+    try:
+        with pytest.raises(DeadlineReached):
+            machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(0.5))
+        assert machine.volumes.names() == {NAME}
+        assert machine.node.exists()
+    finally:
+        os.close(fd)
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+    assert not machine.node.exists()
+
+
+def test_a_later_attachment_ends_the_connection_of_the_earlier_one(machine: Machine, volume: str) -> None:
+    old = machine.export(volume)
+    machine.connect(old)
+    new = machine.export(volume, token="2")
+    machine.connect(new, holder="/staging/b")
+    assert machine.volumes.sysfs.find(old.nqn) is None
+    assert list(machine.controllers(new).values()) == ["live"]
+    assert machine.volumes.evidence_of(machine.number()) == volume
+    status = machine.status()
+    assert status.holders == ("/staging/b",)
+
+
+# --- the keeper ---
+
+
+def test_a_path_whose_target_goes_and_comes_back_is_connected_again(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    number = machine.number()
+    machine.target.apply(replace(export, is_linked=False))
+    machine.target.apply(replace(export, is_linked=False))
+    assert eventually(lambda: not machine.io_enabled())
+    machine.keeper.keep()
+    assert machine.number() == number
+    machine.target.apply(export)
+    assert kept_until(machine, machine.io_enabled)
+
+
+def test_the_keeper_connects_again_when_the_kernel_has_given_up_every_path(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    for controller, _ in machine.volumes.sysfs.entries():
+        machine.volumes.sysfs.delete(controller)
+    assert eventually(lambda: machine.controllers(export) == {})
+    assert kept_until(machine, machine.io_enabled)
+    assert machine.volumes.evidence_of(machine.number()) == volume
+    assert machine.keeper.states().reconnects == 1
+
+
+def test_a_volume_that_was_taken_over_is_marked_and_never_connected_again(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.target.apply(replace(export, hosts=frozenset({host_nqn("node-b")})))
+    assert kept_until(machine, lambda: machine.status().preempted)
+    assert machine.keeper.states().volumes == {"fenced": 1}
+    machine.target.apply(export)
+    machine.restarted()
+    machine.keeper.keep()
+    machine.keeper.keep()
+    assert eventually(lambda: machine.controllers(export) == {})
+    assert not machine.io_enabled()
+
+
+def test_a_path_that_is_not_published_any_more_is_closed(machine: Machine, volume: str) -> None:
+    export = machine.export(volume, addresses=(V4, V6))
+    machine.connect(export)
+    assert kept_until(machine, lambda: len(machine.controllers(export)) == 2)
+    first, second = at(export).paths
+    machine.connect(export, paths=(second,))
+    assert kept_until(machine, lambda: machine.controllers(export) == {second: "live"})
+    assert machine.io_enabled()
+    assert first not in machine.controllers(export)
+
+
+@only_fake
+def test_the_keeper_reads_one_directory_and_one_file_for_each_path_when_nothing_is_wrong(
+    machine: Machine, volume: str
+) -> None:
+    export = machine.export(volume, addresses=(V4, V6))
+    machine.connect(export)
+    assert kept_until(machine, lambda: len(machine.controllers(export)) == 2)
+    machine.keeper.keep()
+    reads = kernel_of(machine).reads
+    reads.clear()
+    machine.keeper.keep()
+    assert sorted(reads) == ["entries", "nvme0/state", "nvme1/state"]
+
+
+# --- crashes between the steps ---
+
+
+def test_a_record_without_a_connection_is_connected_by_the_keeper_and_ended_by_a_disconnect(
+    machine: Machine, volume: str
+) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.volumes.end_subsystem(export.nqn, soon())
+    machine.restarted()
+    assert kept_until(machine, machine.io_enabled)
+    machine.volumes.end_subsystem(export.nqn, soon())
+    machine.restarted()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.names() == frozenset()
+
+
+def test_a_connection_without_a_record_is_an_orphan_and_ends_as_one(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    number = machine.number()
+    machine.volumes.records.remove(NAME)
+    (orphan,) = machine.keeper.orphans()
+    assert (orphan.nqn, orphan.number) == (export.nqn, number)
+    assert machine.keeper.states().orphans == 1
+    assert machine.volumes.remove_orphan(orphan)
+    assert machine.keeper.orphans() == ()
+
+
+def test_a_connection_of_another_pool_is_no_orphan(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    machine.volumes.records.remove(NAME)
+    machine.restarted()
+    assert machine.keeper.orphans() == ()
+    machine.volumes.end_subsystem(subsystem_nqn(machine.pool, volume, "1"), soon())
+
+
+def test_a_disconnect_that_was_interrupted_is_finished_by_the_repeated_one(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.volumes.records.put(replace(machine.volumes.records.all()[NAME], is_ending=True))
+    machine.restarted()
+    machine.keeper.keep()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+    assert not machine.node.exists()
+
+
+def test_a_connect_after_an_interrupted_disconnect_connects_anew(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.volumes.records.put(replace(machine.volumes.records.all()[NAME], is_ending=True))
+    machine.restarted()
+    machine.connect(export, holder="/staging/b")
+    assert machine.io_enabled()
+    status = machine.status()
+    assert status.holders == ("/staging/b",)
+
+
+def test_a_restart_keeps_a_connected_volume_as_it_is(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    number, entries = machine.number(), machine.volumes.sysfs.entries()
+    machine.restarted()
+    machine.keeper.keep()
+    machine.keeper.keep()
+    assert machine.io_enabled()
+    assert (machine.number(), machine.volumes.sysfs.entries()) == (number, entries)
