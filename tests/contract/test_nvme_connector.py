@@ -73,15 +73,17 @@ class Machine:
         self._exports.append(self.target.apply(wanted))
         return wanted
 
-    def connect(self, export: TargetExport, *, holder: str = HOLDER, size_bytes: int = SIZE, **changes: object) -> None:
-        self.volumes.connect(
-            NAME,
-            export.uuid,
-            replace(at(export), **changes),
-            size_bytes,
-            holder,
-            deadline=soon(),  # type: ignore[arg-type]
-        )
+    def connect(
+        self,
+        export: TargetExport,
+        *,
+        holder: str = HOLDER,
+        size_bytes: int = SIZE,
+        paths: tuple[str, ...] | None = None,
+        block_bytes: int = 4096,
+    ) -> None:
+        wanted = NvmeExport(export.nqn, paths or at(export).paths, block_bytes)
+        self.volumes.connect(NAME, export.uuid, wanted, size_bytes, holder, deadline=soon())
 
     @property
     def node(self) -> Path:
@@ -247,9 +249,7 @@ def test_a_volume_that_grew_since_it_was_published_is_connected(machine: Machine
     machine.connect(export)
     os.truncate(export.file, 2 * SIZE)
     machine.target.grow(export)
-    assert eventually(
-        lambda: (machine.volumes.volume(NAME) or 0) and machine.volumes.volume(NAME).size_bytes == 2 * SIZE
-    )  # type: ignore[union-attr]
+    assert eventually(lambda: machine.status().size_bytes == 2 * SIZE)
     machine.connect(export)
     assert machine.io_enabled()
 
