@@ -58,7 +58,7 @@ class Configfs:
     def prepare(self) -> None:
         """Load the modules and mount configfs, where needed."""
         if not (self.has("subsystems") and _MODULE.is_dir()):
-            _load("nvmet-tcp")
+            load_module("nvmet-tcp")
         if not self.has("subsystems"):
             syscalls.mount("configfs", self.root.parent, "configfs", 0, "")
 
@@ -137,7 +137,7 @@ class NvmeTarget:
             try:
                 self.sockets((1,))
             except SystemCallFailed:
-                _load("tcp_diag")
+                load_module("tcp_diag")
                 self.sockets((1,))
         except HostFailure as problem:
             return f"the kernel's NVMe target cannot be used: {problem}; load it on the host: modprobe nvmet-tcp"
@@ -368,7 +368,7 @@ def _port_number(port: int, position: int) -> str:
     return str((port + position * PORT_STRIDE) % _PORTS)
 
 
-def _load(module: str) -> None:
+def load_module(module: str) -> None:
     """Load a module; one that is built in cannot be, and that is no failure."""
     with contextlib.suppress(ToolMissing, CommandFailed, CommandTimedOut):
         run(("modprobe", module), timeout_s=_MODULE_TIMEOUT_S)

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import stat
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -132,6 +133,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     kernel = None if IS_GUEST else HostKernel(NvmeKernel(), tmp_path / "sys", devices=True)
     made = Machine(tmp_path, kernel)
     if IS_GUEST:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         assert made.target.why_not() == ""
         assert made.volumes.why_not() == ""
     yield made

@@ -32,6 +32,7 @@ from csi_driver.errors import (
 from csi_driver.host import block_devices
 from csi_driver.host.connectors.nvme_records import Connection, Records
 from csi_driver.host.nvme_host import ENDING, HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
+from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import ConnectOptions, DeviceNumber, NvmeOrphan, VolumeStatus
 from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, split_path
 from csi_driver.thread_pool import Job, Pool
@@ -88,6 +89,8 @@ class NvmeVolumes:
 
     def why_not(self) -> str:
         """Return why this machine cannot connect NVMe/TCP volumes, and what to do; empty when it can."""
+        if not self.fabrics.device.exists():
+            load_module("nvme-tcp")
         if not os.access(self.fabrics.device, os.R_OK | os.W_OK):
             return f"{self.fabrics.device} is missing or not writable; run `modprobe nvme-tcp` on the node"
         if block_devices.read_text(self.sysfs.multipath) != "Y":
