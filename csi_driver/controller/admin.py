@@ -159,6 +159,7 @@ def _holder(client: Client, uuid: str) -> Document:
         "client": client.id,
         "nodeId": client.node_id,
         "clientStatus": client.status.name.lower(),
+        "connectsOnDemand": client.connects_on_demand,
         "desired": "detached" if desired is None else "detaching" if desired.is_detaching else "attached",
         "device": report.status.name.lower() if report is not None else "",
         "ioEnabled": report.io_enabled if report is not None else None,

@@ -89,7 +89,8 @@ def _refuse_held(located: Located, holders: Sequence[Client]) -> None:
     preempted = [client.id for client in holders if was_preempted(volume, client)]
     left = [client for client in holders if client.id not in preempted]
     if left:
-        down = ", ".join(sorted(client.id for client in left if client.status is ClientStatus.DOWN))
+        lost = [client.id for client in left if client.status is ClientStatus.DOWN and not client.connects_on_demand]
+        down = ", ".join(sorted(lost))
         way_out = (
             f"; the storage client of {down} is down, so the volume cannot be detached there: if the node does not "
             "come back, delete its client from the management (POST /clients/delete)"

@@ -92,9 +92,21 @@ def device_state(client: Client, volume: Volume) -> str:
         return state
     if volume.status not in ("online", "unavailable"):
         state += f", and the volume is {volume.status} in the storage management, which may be the reason"
+    shows_programs = f"`fuser -vam /dev/nvmesh/{volume.name}` there"
+    if client.connects_on_demand:
+        return f"{state}; the node is connected to it, and a program there may have it open: see {shows_programs}"
     return (
-        f"{state}; a program on that node may have it open: see /proc/nvmeibc/volumes/{volume.name}/client_processes "
-        f"and `fuser -vam /dev/nvmesh/{volume.name}` there"
+        f"{state}; a program on that node may have it open: see {shows_programs}, and with NVMesh "
+        f"/proc/nvmeibc/volumes/{volume.name}/client_processes"
+    )
+
+
+def client_state(client: Client) -> str:
+    status = client.status.name.lower()
+    return (
+        f"the NVMe connection of the node is {status}"
+        if client.connects_on_demand
+        else f"the storage client is {status}"
     )
 
 
@@ -291,10 +303,10 @@ class Preemption:
             return ""
         if holder.status is not ClientStatus.DOWN:
             state = "is being detached there" if is_released_there else "is attached there"
-            return f"the storage client is {holder.status.name.lower()} and the volume {state}"
+            return f"{client_state(holder)} and the volume {state}"
         if not is_released_there:
             return (
-                "the storage client is down, but the volume was not released there (no ControllerUnpublish; if the node"
+                f"{client_state(holder)}, but the volume was not released there (no ControllerUnpublish; if the node"
                 " is dead, taint it with node.kubernetes.io/out-of-service)"
             )
         return ""

@@ -298,7 +298,8 @@ def _faults_of_attachment(volume: VolumeSummary, client: Client) -> Iterator[Vol
         return
     report = client.devices.get(volume.uuid)
     if client.status is ClientStatus.DOWN:
-        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.NODE_DOWN, f"it is attached to {client.id}, which is down")
+        lost = "has no connection to it" if client.connects_on_demand else "is down"
+        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.NODE_DOWN, f"it is attached to {client.id}, which {lost}")
     elif report is not None and report.status in _FAILED:
         message = f"{client.id} reports {report.status.name} for it"
         yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.ATTACH_FAILED, message)

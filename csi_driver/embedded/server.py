@@ -124,10 +124,7 @@ class StorageServer:
         self.clones = Clones(self.snapshots)
         self.groups = GroupSnapshots(settings.freeze_limit_s, self._freezes, store, pool, locks, self.snapshots, worker)
         names = tuple(client.name for client in settings.clients)
-        join_token = Password(settings.join_token_file, "join token") if settings.join_token_file else None
-        if join_token is not None:
-            join_token.read()
-        self.keys = HostKeyStore(pool.keys, settings.authentication == "required", join_token)
+        self.keys = _host_keys(settings, pool)
         self.clients = Clients(store, names, volumes.check_file, volumes.secure_file, self.keys.why_refused)
         self.local = LocalEngine(settings.clients, store, pool, loops, worker)
         self.exports = exports = self._engine(target)
@@ -350,6 +347,14 @@ def why_silent(host: str, port: int, *, tls: bool) -> str:
     except (OSError, http.client.HTTPException) as error:
         return f"the API does not answer within {_ANSWER_TIME_S:g} s: {type(error).__name__}: {error}"
     return "" if status == http.client.OK else f"the API answers with HTTP status {status}"
+
+
+def _host_keys(settings: StorageSettings, pool: Pool) -> HostKeyStore:
+    token = None
+    if settings.join_token_file is not None:
+        token = Password(settings.join_token_file, "the file of --join-token-file")
+        token.read()
+    return HostKeyStore(pool.keys, settings.authentication == "required", token)
 
 
 def _install_database_uuid(change: Change) -> None:

@@ -18,11 +18,12 @@ from csi_driver.http_requests import HttpRequest
 from csi_driver.status_page.login import network_of
 
 _MAX_SESSIONS = 4096
+_OWN_FILE = "the password file"
 
 
 class PasswordUnreadable(HostFailure):
-    def __init__(self, path: Path, why: str, what: str = "password") -> None:
-        super().__init__(f"the {what} file {path} {why}; expected one line, the {what}, readable by this user")
+    def __init__(self, what: str, path: Path, why: str) -> None:
+        super().__init__(f"{what} {path} {why}; expected one line, readable by this user")
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -44,10 +45,10 @@ def write_secret(path: Path, text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Password:
-    """The password, in a file that is read at each login. `what`: it is another secret of this name."""
+    """A password, in a file that is read at each login. `what`: the file, as errors name it."""
 
     path: Path
-    what: str = "password"
+    what: str = _OWN_FILE
 
     @classmethod
     def generated(cls, path: Path) -> Password:
@@ -56,7 +57,7 @@ class Password:
             if not os.path.lexists(path):
                 write_secret(path, secrets.token_urlsafe(24))
         except OSError as problem:
-            raise PasswordUnreadable(path, f"cannot be written: {problem}") from problem
+            raise PasswordUnreadable(_OWN_FILE, path, f"cannot be written: {problem}") from problem
         return cls(path)
 
     def matches(self, password: str) -> bool:
@@ -67,9 +68,9 @@ class Password:
         try:
             text = self.path.read_text().rstrip("\n")
         except (OSError, UnicodeDecodeError) as problem:
-            raise PasswordUnreadable(self.path, f"cannot be read: {problem}", self.what) from problem
+            raise PasswordUnreadable(self.what, self.path, f"cannot be read: {problem}") from problem
         if not text:
-            raise PasswordUnreadable(self.path, "is empty", self.what)
+            raise PasswordUnreadable(self.what, self.path, "is empty")
         return text
 
 

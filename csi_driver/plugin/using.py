@@ -65,14 +65,17 @@ def lost_node(case: Case) -> Iterator[Finding]:
         state = "Ready" if is_up else "not Ready" if node else "not in the cluster"
         if node is None and is_unread(case, "node"):
             state = "unknown"
-        action = (
-            f"start the storage client on {name}: systemctl status nvmeshclient"
-            if is_up
-            else f"if the node does not come back: kubectl nvmesh release {case.name or 'CLAIM'} --node {name}"
+        lost, action = (
+            "whose storage client is down",
+            f"start the storage client on {name}: systemctl status nvmeshclient",
         )
+        if each.get("connectsOnDemand"):
+            lost, action = "which has no connection to it", "check the network to the storage: kubectl nvmesh doctor"
+        if not is_up:
+            action = f"if the node does not come back: kubectl nvmesh release {case.name or 'CLAIM'} --node {name}"
         yield Finding(
             f"volume {case.volume['name'] if case.volume else ''}",
-            f"is held by node {name}, whose storage client is down",
+            f"is held by node {name}, {lost}",
             f"the node is {state}; see docs/fencing.md",
             action,
         )

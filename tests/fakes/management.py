@@ -33,6 +33,7 @@ from csi_driver.errors import (
 )
 from csi_driver.management.codec import NVMESH_FEATURES
 from csi_driver.model import DEFAULT_ZONE
+from csi_driver.nvme_model import NvmeExport, host_uuid, subsystem_nqn
 from csi_driver.storage_model import (
     ALL_DRIVES,
     AllowedDrives,
@@ -83,6 +84,8 @@ class _Client:
     devices: dict[str, DeviceReport] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
     """Uuids of volumes with a device that a program holds open."""
+    on_demand: bool = False
+    """It is the NVMe host of its node: without a connection it is down, and is attached and detached all the same."""
     overtaken: set[str] = field(default_factory=set)
     """Uuids of volumes that were detached while the message to attach them was under way."""
 
@@ -142,6 +145,8 @@ class FakeManagement:
         """Clients with documents from a server that does not know of their attachments yet."""
         self.unread: set[str] = set()
         """Clients with ignored reports, as for about 30 s after a management was killed."""
+        self.exports_nothing = False
+        """The exports of nodes that connect over NVMe are not made."""
         self.extend_s = 0.0
         """How long a volume is `extending`: until its targets have reported, after its size has changed."""
         self.before: Callable[[str], None] = lambda request: None
@@ -163,6 +168,10 @@ class FakeManagement:
 
     def add_client(self, name: str, uuid: str | None = None) -> None:
         self._clients[name] = _Client(name, uuid or client_uuid(name))
+
+    def add_node(self, name: str) -> None:
+        """Add a node that connects over NVMe, as the embedded manager shows it."""
+        self._clients[name] = _Client(name, host_uuid(name), on_demand=True)
 
     def remove_client(self, name: str) -> None:
         del self._clients[name]
@@ -573,7 +582,7 @@ class FakeManagement:
 
     def _attached(self, client: _Client, volume: Volume, *, io_enabled: bool) -> None:
         desired = client.desired.get(volume.uuid)
-        if client.status is ClientStatus.DOWN or client.id in self.unread:
+        if (client.status is ClientStatus.DOWN and not client.on_demand) or client.id in self.unread:
             return
         if desired is None and volume.uuid in client.overtaken:
             self._attached_in_passing(client, volume)
@@ -582,6 +591,10 @@ class FakeManagement:
         client.devices[volume.uuid] = DeviceReport(
             volume.uuid, volume.name, DeviceStatus.ATTACHED, io_enabled, desired.mode, desired.reference_ids
         )
+        if client.on_demand and not self.exports_nothing:
+            nqn = subsystem_nqn(host_uuid("pool"), volume.uuid, f"{desired.version:016x}")
+            shown = replace(client.devices[volume.uuid], export=NvmeExport(nqn, ("10.0.0.1:23001", "10.0.1.1:23001")))
+            client.devices[volume.uuid] = shown
 
     def _attached_in_passing(self, client: _Client, volume: Volume) -> None:
         """Report the device of an attach message that the detachment overtook, until the client reads of that too."""
@@ -600,7 +613,9 @@ class FakeManagement:
         desired, report = client.desired.get(volume_uuid), client.devices.get(volume_uuid)
         if desired is None or not desired.is_detaching:
             return
-        if client.status is ClientStatus.DOWN or (volume_uuid in client.busy and not force):
+        is_absent = client.status is ClientStatus.DOWN and not client.on_demand
+        is_busy = volume_uuid in client.busy and (client.on_demand or not force)
+        if is_absent or is_busy:
             # The server drops the report of a busy device, which keeps showing as attached.
             self._later(1.0, lambda: self._detached(client, volume_uuid, force=force))
             return
@@ -700,4 +715,5 @@ def _raw(size_bytes: int, layout: Layout) -> int:
 
 
 def _shown(client: _Client) -> Client:
-    return Client(client.id, client.uuid, client.status, dict(client.desired), dict(client.devices))
+    maps = dict(client.desired), dict(client.devices)
+    return Client(client.id, client.uuid, client.status, *maps, connects_on_demand=client.on_demand)

@@ -63,7 +63,7 @@ def test_an_open_device_stays_attached_and_the_error_names_how_to_find_the_progr
     name = world.stored().name
     with pytest.raises(
         DeadlineReached,
-        match=f"a program on that node may have it open: .*/volumes/{name}/client_processes and `fuser .*/{name}`",
+        match=f"a program on that node may have it open: see `fuser .*/{name}` .*/volumes/{name}/client_processes",
     ):
         world.unpublish(volume_id, seconds=5)
     client = world.management.client("node-1", deadline=world.deadline())
