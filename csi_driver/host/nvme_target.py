@@ -165,7 +165,7 @@ class NvmeTarget:
         self._make_namespace(export)
         for host in sorted(export.hosts):
             self._allow(export.nqn, host, keys.get(host))
-        if export.is_linked and export.hosts:
+        if export.is_linked:
             for position, address in enumerate(export.addresses):
                 self._open_port(export, position, address)
         made = self._read(export.nqn)
@@ -241,7 +241,6 @@ class NvmeTarget:
             and export.is_linked
             and found.is_enabled
             and found.hosts <= export.hosts
-            and bool(export.hosts)
             and {(place.number, place.port, place.address) for place in map(self._place, self._links_of(export.nqn))}
             <= {(_port_number(export.port, at), export.port, each) for at, each in enumerate(export.addresses)}
         )

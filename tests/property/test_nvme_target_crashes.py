@@ -41,7 +41,7 @@ class Machine:
         self.kernel.before_change = self.look
 
     def export(self, hosts: tuple[str, ...]) -> TargetExport:
-        return TargetExport(self.nqn, VOLUME, self.file, 23001, ADDRESSES, frozenset(hosts), is_linked=bool(hosts))
+        return TargetExport(self.nqn, VOLUME, self.file, 23001, ADDRESSES, frozenset(hosts))
 
     def look(self, change: str) -> None:
         if any(self.nqn in port.subsystems for port in self.kernel.ports.values()):
@@ -66,7 +66,7 @@ class Machine:
         else:
             export = self.export(state)
             made = target.apply(export, KEYS)
-            assert (made == export) if state else (made.hosts == frozenset() and not made.is_linked)
+            assert made == export
         self.may = (frozenset(state or ()),)
         hosts = set(state or ())
         assert {each.host for each in self.kernel.controllers} <= hosts
