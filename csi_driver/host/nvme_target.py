@@ -14,7 +14,7 @@ import contextlib
 import ipaddress
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,9 +115,8 @@ class _Place:
 
     @property
     def position(self) -> int:
-        """Place of its address among those of the export; of a port that is none of ours a large number."""
-        steps, rest = divmod((int(self.number) - self.port) % _PORTS, PORT_STRIDE)
-        return steps if not rest else _PORTS
+        """Place of its address among those of the export."""
+        return (int(self.number) - self.port) % _PORTS // PORT_STRIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,8 @@ class NvmeTarget:
     def exported(self, pool_uuid: str) -> tuple[TargetExport, ...]:
         prefix = pool_prefix(pool_uuid)
         links = self._links()
-        found = (self._read(name, links) for name in self.files.names("subsystems") if name.startswith(prefix))
+        names = (name for name in self.files.names("subsystems") if name.startswith(prefix))
+        found = (self._read(name, links.get(name, ())) for name in names)
         return tuple(export for export in found if export is not None)
 
     def connections(self, ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
@@ -156,7 +156,7 @@ class NvmeTarget:
         self.files.write(f"{_namespace(export.nqn)}/revalidate_size", "1")
 
     def apply(self, export: TargetExport, keys: Mapping[str, HostKeys] = {}) -> TargetExport:
-        found = self._read(export.nqn)
+        found = self._read(export.nqn, self._links_of(export))
         if found == export and not any(self._lacks_keys(host, keys.get(host)) for host in export.hosts):
             return found
         self._refuse_other_content(found, export)
@@ -168,16 +168,16 @@ class NvmeTarget:
         if export.is_linked:
             for position, address in enumerate(export.addresses):
                 self._open_port(export, position, address)
-        made = self._read(export.nqn)
+        made = self._read(export.nqn, self._links_of(export))
         if made is None:
             raise HostFailure(f"export {export.nqn} was removed meanwhile by another program; retry")
         return made
 
     def withdraw(self, export: TargetExport) -> None:
         nqn, files = export.nqn, self.files
-        closed = [place.number for place in self._close_ports(nqn)]
-        for number in {*closed, *(_port_number(export.port, at) for at in range(MOST_ADDRESSES))}:
-            self._remove_port(number)
+        self._close_ports(export)
+        for position in range(MOST_ADDRESSES if export.port else 0):
+            self._remove_port(_port_number(export.port, position))
         is_there = files.has(_subsystem(nqn))
         for host in {*export.hosts, *(files.names(f"{_subsystem(nqn)}/allowed_hosts") if is_there else ())}:
             self._forbid(nqn, host)
@@ -188,13 +188,12 @@ class NvmeTarget:
             files.remove(_namespace(nqn))
         files.remove(_subsystem(nqn))
 
-    def _read(self, nqn: str, links: Mapping[str, list[str]] | None = None) -> TargetExport | None:
+    def _read(self, nqn: str, linked: Iterable[str]) -> TargetExport | None:
         """Return an export as it is, half made or half removed too; None when there is no trace of it."""
         files = self.files
         if not files.has(_subsystem(nqn)):
             return None
-        own = links.get(nqn, []) if links is not None else self._links_of(nqn)
-        places = sorted((self._place(number) for number in own), key=lambda place: place.position)
+        places = sorted((self._place(number) for number in linked), key=lambda place: place.position)
         hosts = frozenset(files.names(f"{_subsystem(nqn)}/allowed_hosts"))
         if files.read(f"{_subsystem(nqn)}/attr_allow_any_host") == "1":
             hosts |= {_ANY_HOST}
@@ -211,8 +210,10 @@ class NvmeTarget:
             group=int(files.read(f"{namespace}/ana_grpid")) if is_there else 1,
         )
 
-    def _links_of(self, nqn: str) -> list[str]:
-        return [number for number in self.files.names("ports") if self.files.has(f"{_port(number)}/subsystems/{nqn}")]
+    def _links_of(self, export: TargetExport) -> list[str]:
+        """Return the kernel's numbers of the ports that the export is linked to, at any address."""
+        numbers = (_port_number(export.port, at) for at in range(MOST_ADDRESSES))
+        return [number for number in numbers if self.files.has(f"{_port(number)}/subsystems/{export.nqn}")]
 
     def _links(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -240,23 +241,26 @@ class NvmeTarget:
             found.is_linked
             and export.is_linked
             and found.is_enabled
+            and export.is_enabled
             and found.hosts <= export.hosts
-            and {(place.number, place.port, place.address) for place in map(self._place, self._links_of(export.nqn))}
+            and {(place.number, place.port, place.address) for place in map(self._place, self._links_of(export))}
             <= {(_port_number(export.port, at), export.port, each) for at, each in enumerate(export.addresses)}
         )
 
     def _cut(self, export: TargetExport, found: TargetExport | None) -> None:
         """Close all connections and wait until no I/O runs; then nobody can connect."""
-        ports = {export.port, *(place.port for place in self._close_ports(export.nqn))}
+        self._close_ports(export)
         if found is not None:
             for host in found.hosts - export.hosts - {_ANY_HOST}:
                 self._forbid(export.nqn, host)
-            if not found.hosts & export.hosts:
+            if not (export.is_enabled and found.hosts & export.hosts):
                 self._disable(export.nqn)  # it waits for running I/O by itself; a host that stays would lose its device
         running: list[str] = []
 
         def is_drained() -> bool:
-            running[:] = [each.peer for found in self.sockets(ports).values() for each in found if each.is_owned]
+            running[:] = [
+                each.peer for found in self.sockets([export.port]).values() for each in found if each.is_owned
+            ]
             return not running
 
         if not Deadline.after(_DRAINED_WITHIN_S).wait_until(is_drained):
@@ -265,18 +269,14 @@ class NvmeTarget:
                 f" the drive below {export.file}; retried"
             )
 
-    def _close_ports(self, nqn: str) -> list[_Place]:
-        places = [self._place(number) for number in self._links_of(nqn)]
-        for place in places:
-            self.files.unlink(f"{_port(place.number)}/subsystems/{nqn}")
-        return places
+    def _close_ports(self, export: TargetExport) -> None:
+        for number in self._links_of(export):
+            self.files.unlink(f"{_port(number)}/subsystems/{export.nqn}")
 
     def _remove_port(self, number: str) -> None:
         """Remove a port of an export, unless it serves another one by now."""
         if self.files.has(_port(number)) and not self.files.names(f"{_port(number)}/subsystems"):
-            place = self._place(number)
-            if not place.port or place.position < MOST_ADDRESSES:
-                self.files.remove(_port(number))
+            self.files.remove(_port(number))
 
     def _forbid(self, nqn: str, host: str) -> None:
         link = f"{_subsystem(nqn)}/allowed_hosts/{host}"
@@ -312,7 +312,8 @@ class NvmeTarget:
             self._set(f"{namespace}/device_uuid", export.uuid)
             self._set(f"{namespace}/device_nguid", export.uuid)
         self._set(f"{namespace}/ana_grpid", str(export.group))
-        self._set(f"{namespace}/enable", "1")
+        if export.is_enabled:
+            self._set(f"{namespace}/enable", "1")
 
     def _allow(self, nqn: str, host: str, keys: HostKeys | None) -> None:
         with self._hosts:
