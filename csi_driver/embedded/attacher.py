@@ -65,7 +65,7 @@ class Attacher:
         self._remove_copies(file for file in self.pool.private_files() if file.name not in used)
         wanted = {(each.client, each.uuid): each for each in self.store.everywhere(ATTACHMENTS)}
         for each in wanted.values():
-            if each.port and self._engine(each.client) is None:
+            if self._engine(each.client) is None and self.clients.is_node(each.client):
                 self._left.setdefault(each.uuid, set()).add(each.client)
         reported = {(r.client, r.uuid) for r in self.store.everywhere(REPORTS) if r.status != DETACHED}
         held = {pair for engine in self.engines for pair in engine.pairs()}

@@ -95,6 +95,11 @@ class Clients:
         """Return whether a client is the NVMe host of its node; one that was configured earlier is not."""
         return client.name not in self.names and client == self._node(client.name)
 
+    def is_node(self, name: str) -> bool:
+        """Return whether a recorded client is the NVMe host of its node, also where nothing is exported now."""
+        client = self.store.get(CLIENTS, name)
+        return client is not None and client.uuid == host_uuid(name)
+
     def attach(self, client: str, item: AttachedVolume) -> list[Pair]:
         """Record that the volume is to be attached. Raises ApiError."""
         lost = self.check_file(item.name) or ("" if client in self.names else self.why_refused(client))

@@ -34,7 +34,7 @@ from csi_driver.embedded.model import (
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import LOOP, NVME_TCP, NvmeTarget, StorageSettings
 from csi_driver.embedded.store import Change, Store
-from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.host_model import Connection, ExportCounts, HostKeys, SocketState, TargetExport
 from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
 
@@ -91,7 +91,7 @@ class _Export:
 class NvmeEngine:
     """Methods as in `csi_driver.embedded.engines.Engine`.
 
-    A node has the name of its client. A host that the kernel allows without a row stands under its NQN.
+    A node has the name of its client. An export without a row counts as another client, which has its NQN as name.
     """
 
     settings: StorageSettings
@@ -135,13 +135,15 @@ class NvmeEngine:
                 wanted = self._wanted(row, found.file)
                 known = found if found.is_linked else replace(found, port=row.port, addresses=wanted.addresses)
                 self._put((row.client, row.uuid), _Export(known, row.inode, is_whole=found == wanted))
+                if not found.is_linked and not row.is_attaching:
+                    self._unproven.discard(found.nqn)  # it was being withdrawn
                 continue
             self._used.add(found.port)
             if not found.is_linked:
                 self.worker.soon(*self._withdrawing(found))
             elif found.hosts:
                 self._unproven.add(found.nqn)
-                self._put((next(iter(found.hosts)), volume_of(found.nqn)), _Export(found, 0, is_whole=True))
+                self._put((found.nqn, volume_of(found.nqn)), _Export(found, 0, is_whole=True))
             else:
                 self.worker.later(*self._withdrawing(found), REFUSED_S)
         return {self._copy_of(row).name for row in rows}
@@ -255,23 +257,26 @@ class NvmeEngine:
     def attach(self, volume: Volume, wanted: Attachment, file: Path, *, private: bool) -> None:
         if why := self.keys.why_refused(wanted.client):
             raise PreconditionFailed(why)
-        inode = self.pool.inode(file)
-        if inode != wanted.inode:
-            self._change(wanted, lambda row: replace(row, inode=inode))
+        inode, row = self.pool.inode(file), wanted
+        if inode != wanted.inode or not wanted.port:
+            row = self._change(wanted, lambda row: replace(row, inode=inode, port=row.port or self._free_port()))
         # From here on the node may have I/O, whatever the kernel answers.
         pair = wanted.client, wanted.uuid
-        self._put(pair, _Export(self._wanted(wanted, file), inode, is_whole=False))
+        self._put(pair, _Export(self._wanted(row, file), inode, is_whole=False))
         self._apply(pair)
 
-    def _change(self, row: Attachment, change: Callable[[Attachment], Attachment]) -> None:
-        """Change the row of an attachment, unless another attachment has taken its place."""
+    def _change(self, row: Attachment, change: Callable[[Attachment], Attachment]) -> Attachment:
+        """Change the row of an attachment and return it. Raises OperationPending if another one has taken its place."""
 
-        def put(view: Change) -> None:
+        def put(view: Change) -> Attachment:
             current = view.get(ATTACHMENTS, row.uuid, row.client)
-            if current is not None and current.token == row.token:
-                view.put(ATTACHMENTS, row.uuid, change(current), row.client)
+            if current is None or current.token != row.token:
+                raise OperationPending(f"volume {row.volume} was detached from {row.client} meanwhile; retry")
+            changed = change(current)
+            view.put(ATTACHMENTS, row.uuid, changed, row.client)
+            return changed
 
-        self.store.write(put)
+        return self.store.write(put)
 
     def _apply(self, pair: Pair) -> None:
         found, keys = self._exports[pair], self.keys.get(pair[0])
@@ -302,7 +307,7 @@ class NvmeEngine:
         """Give a row whose export ends another name: what a node has queued for this one must never arrive."""
         row, found = self.store.get(ATTACHMENTS, pair[1], pair[0]), self._exports[pair]
         if row is not None and self._nqn(row) == found.target.nqn:
-            self._change(row, lambda current: replace(current, token=new_token(), port=self._free_port()))
+            self._change(row, lambda current: replace(current, token=new_token(), port=0))
 
     def keep(self, wanted: Attachment) -> None:
         """Complete an export that the kernel has a part of, or has with other addresses or another key."""
