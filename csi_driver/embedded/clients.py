@@ -155,9 +155,8 @@ class Clients:
             attachment = replace(old, reservation=shown, references=references)
         else:
             port, inode = (0, 0) if client in self.names else self.place(volume.uuid)
-            attachment = Attachment(
-                client, volume.name, volume.uuid, "attaching", shown, references, None, new_token(), port, inode
-            )
+            fields = client, volume.name, volume.uuid, "attaching", shown, references
+            attachment = Attachment(*fields, None, new_token(), port, inode, volume.bytes)
         change.put(ATTACHMENTS, volume.uuid, attachment, client)
 
     def _preempt(self, change: Change, client: str, volume: Volume, *, detach: bool) -> list[Pair]:

@@ -252,6 +252,8 @@ class Attachment:
     """TCP port of its export, which no other attachment has; 0 = a client of this machine."""
     inode: int = 0
     """Of the file that is exported; 0 = none."""
+    size_bytes: int = 0
+    """What the export was given last."""
 
     @property
     def mode(self) -> int:

@@ -26,6 +26,7 @@ from csi_driver.embedded.model import (
     ATTACHMENTS,
     FACTS,
     REPORTS,
+    VOLUMES,
     Attachment,
     Volume,
     client_hash,
@@ -258,12 +259,15 @@ class NvmeEngine:
         if why := self.keys.why_refused(wanted.client):
             raise PreconditionFailed(why)
         inode, row = self.pool.inode(file), wanted
-        if inode != wanted.inode or not wanted.port:
-            row = self._change(wanted, lambda row: replace(row, inode=inode, port=row.port or self._free_port()))
+        if (inode, volume.bytes) != (wanted.inode, wanted.size_bytes) or not wanted.port:
+            row = self._change(wanted, lambda row: self._placed(row, inode, volume.bytes))
         # From here on the node may have I/O, whatever the kernel answers.
         pair = wanted.client, wanted.uuid
         self._put(pair, _Export(self._wanted(row, file), inode, is_whole=False))
         self._apply(pair)
+
+    def _placed(self, row: Attachment, inode: int, size_bytes: int) -> Attachment:
+        return replace(row, port=row.port or self._free_port(), inode=inode, size_bytes=size_bytes)
 
     def _change(self, row: Attachment, change: Callable[[Attachment], Attachment]) -> Attachment:
         """Change the row of an attachment and return it. Raises OperationPending if another one has taken its place."""
@@ -332,9 +336,12 @@ class NvmeEngine:
     def hide(self, client: str, volume_name: str) -> None: ...
 
     def grow(self, client: str, identity: str) -> None:
-        found = self._exports[client, identity]
-        if found.is_whole and not found.is_cut:
-            self.target.grow(found.target)
+        found, row = self._exports[client, identity], self.store.get(ATTACHMENTS, identity, client)
+        volume = self.store.get(VOLUMES, row.volume) if row is not None else None
+        if row is None or volume is None or found.is_cut or row.size_bytes == volume.bytes:
+            return
+        self.target.grow(found.target)
+        self._change(row, lambda row: replace(row, size_bytes=volume.bytes))
 
     def release(self, client: str, identity: str, volume_name: str | None, *, row_stays: bool) -> bool:
         pair = client, identity

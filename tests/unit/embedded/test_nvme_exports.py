@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import errno
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.settings import StorageSettings
+from csi_driver.embedded.model import ATTACHMENTS
+from csi_driver.embedded.nvme_engine import REFUSED_S, SILENT_S
+from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal, read_ports
+from csi_driver.errors import PreconditionFailed
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.nvme_model import host_nqn, split_path
 from tests.fakes.nvme_kernel import Controller, NvmeKernel
@@ -18,7 +23,7 @@ from tests.unit.embedded.fake_reflinks import FakeReflinks
 from tests.unit.embedded.manager import Json, Manager, settings_in
 
 EXCLUSIVE, SHARED, READ_ONLY = "EXCLUSIVE_READ_WRITE", "SHARED_READ_WRITE", "SHARED_READ_ONLY"
-ATTACHED = 4
+ATTACHED, DENIED, DOWN = 4, 17, 5
 BLOCK = b"x" * 4096
 
 
@@ -36,11 +41,13 @@ class HandClock:
 class Storage:
     """A manager that exports, on a fake kernel that outlives it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, export: str = "nvme-tcp", addresses: tuple[str, ...] = ("127.0.0.1",)
+    ) -> None:
         self.kernel = NvmeKernel()
         self.clock = HandClock()
         self.loops = FakeLoopDevices()
-        self.settings = settings_in(directory, export="nvme-tcp", export_addresses=("127.0.0.1",))
+        self.settings = settings_in(directory, export=export, export_addresses=addresses)
         self.manager = self.started()
 
     def started(self, settings: StorageSettings | None = None) -> Manager:
@@ -51,12 +58,13 @@ class Storage:
         self.manager.server.stop()
         self.manager = self.started(settings)
 
-    def reboot(self) -> None:
+    def reboot(self, used_places: Collection[tuple[str, int]] = ()) -> None:
         """The machine loses the kernel's state, and every node its connections."""
         self.manager.server.stop()
         for controller in list(self.kernel.controllers):
             controller.is_live = False
         self.kernel = NvmeKernel()
+        self.kernel.used_places.update(used_places)
         self.loops.bound.clear()
         self.manager = self.started()
 
@@ -81,6 +89,20 @@ class Storage:
             self.manager.server.attacher.look(exports)
             self.manager.server.worker.run_due()
 
+    def refused(self, node: str, export: Json) -> int:
+        """Return the error with which a node cannot connect: EIO = refused for ever, ECONNREFUSED = it tries again."""
+        with pytest.raises(OSError) as refusal:  # noqa: PT011
+            self.connect_to(node, export["nqn"], export["paths"][0])
+        assert refusal.value.errno is not None
+        return refusal.value.errno
+
+    def take_over(self, node: str, mode: str = EXCLUSIVE, *, detach: bool = True) -> Json:
+        version = self.manager.volume("data")["reservation"]["version"]
+        return self.manager.attach("data", node, mode=mode, version=version, preempt=True, isDetachOthers=detach)
+
+    def is_down(self, node: str) -> bool:
+        return self.manager.get(f"/clients/{node}")["client_status"] == DOWN
+
     def file(self, volume: str = "data") -> Path:
         return self.manager.server.pool.file(self.manager.uuid(volume))
 
@@ -100,9 +122,449 @@ def test_a_node_connects_to_the_volumes_file(storage: Storage) -> None:
     assert storage.file().read_bytes()[4096:8192] == BLOCK
 
 
+def test_every_address_is_a_path(tmp_path: Path) -> None:
+    storage = Storage(tmp_path, addresses=("127.0.0.1", "::1"))
+    storage.manager.save("data")
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    assert storage.export("worker")["paths"] == ["127.0.0.1:23000", "[::1]:23000"]
+    for path in storage.export("worker")["paths"]:
+        storage.connect_to("worker", storage.export("worker")["nqn"], path)
+    storage.manager.server.stop()
+
+
+# --- detach -----------------------------------------------------------------------------------------------------
+
+
 def test_a_node_without_a_connection_detaches_at_once(storage: Storage) -> None:
     storage.manager.attach("data", "worker", mode=EXCLUSIVE)
     storage.kernel.disconnect(storage.connect("worker"))
     assert storage.manager.detach("data", "worker")["success"]
     assert storage.manager.attachment("data", "worker") is None
     assert (storage.kernel.subsystems, storage.kernel.ports, storage.kernel.hosts) == ({}, {}, {})
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_connected_node_keeps_its_volume_until_it_disconnects(storage: Storage, *, force: bool) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.manager.detach("data", "worker", force=force)
+    storage.pass_time(10 * SILENT_S)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+    storage.kernel.write(controller, 0, BLOCK)
+    storage.kernel.disconnect(controller)
+    storage.pass_time(2)
+    assert storage.manager.attachment("data", "worker") is None
+
+
+def test_a_node_that_died_loses_its_volume_after_a_while_and_not_before(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.kernel.give_up(storage.connect("worker"))
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S - 2)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+    storage.pass_time(4)
+    assert storage.manager.attachment("data", "worker") is None
+
+
+def test_a_node_that_comes_back_in_time_keeps_its_volume(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.kernel.give_up(storage.connect("worker"))
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S - 2)
+    storage.kernel.closing.clear()
+    controller = storage.connect("worker")
+    storage.pass_time(10 * SILENT_S)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+    storage.kernel.write(controller, 0, BLOCK)
+
+
+def test_a_node_that_comes_back_too_late_is_refused_for_as_long_as_it_tries(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    export = storage.export("worker")
+    storage.kernel.give_up(storage.connect("worker"))
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S + 2)
+    assert storage.refused("worker", export) == errno.EIO
+    namespace = storage.kernel.namespace(export["nqn"])
+    assert namespace is not None
+    assert not namespace.is_enabled, "it would keep the file of a deleted volume"
+    storage.pass_time(REFUSED_S)
+    assert (storage.kernel.subsystems, storage.kernel.ports, storage.kernel.hosts) == ({}, {}, {})
+
+
+def test_after_a_start_a_node_has_time_to_connect_again(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.reboot()
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S - 2)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+    storage.connect("worker")
+    storage.pass_time(10 * SILENT_S)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+
+
+def test_a_volume_is_deleted_when_its_last_node_has_gone(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller, file = storage.connect("worker"), storage.file()
+    storage.manager.detach("data", "worker")
+    storage.manager.delete("data")
+    storage.pass_time(10)
+    assert file.exists()
+    storage.kernel.disconnect(controller)
+    storage.pass_time(10)
+    assert not file.exists()
+    assert storage.manager.volume("data")["error"]["id"] == 1543
+
+
+# --- DOWN -------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_with_volumes_and_without_a_connection_is_down(storage: Storage) -> None:
+    assert not storage.is_down("worker")
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.pass_time(10 * SILENT_S)
+    assert not storage.is_down("worker")
+    storage.kernel.give_up(controller)
+    storage.pass_time(SILENT_S - 2)
+    assert not storage.is_down("worker")
+    storage.pass_time(4)
+    assert storage.is_down("worker")
+    storage.connect("worker")
+    storage.pass_time(2)
+    assert not storage.is_down("worker")
+
+
+def test_one_connection_of_many_volumes_is_enough(storage: Storage) -> None:
+    storage.manager.save("other")
+    for volume in ("data", "other"):
+        storage.manager.attach(volume, "worker", mode=EXCLUSIVE)
+    storage.connect("worker", "other")
+    storage.pass_time(10 * SILENT_S)
+    assert not storage.is_down("worker")
+
+
+def test_no_node_is_down_for_a_look_that_failed(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.connect("worker")
+    exports = storage.manager.server.exports
+    assert exports is not None
+    storage.clock.now_s += 10 * SILENT_S
+    assert not storage.is_down("worker")
+
+
+# --- a volume is taken over -------------------------------------------------------------------------------------
+
+
+def test_the_former_node_is_cut_off_before_the_next_one_can_connect(storage: Storage) -> None:
+    storage.manager.attach("data", "first", mode=EXCLUSIVE)
+    old, export = storage.connect("first"), storage.export("first")
+    old.running = 3
+    storage.kernel.give_up(old)
+    storage.manager.detach("data", "first")
+    storage.pass_time(4)
+
+    def look(change: str) -> None:
+        if f"link ports/{new_port()}" in change:
+            assert not storage.kernel.subsystems[export["nqn"]].allowed_hosts
+            assert old.running == 0
+
+    def new_port() -> int:
+        row = storage.manager.server.store.get(ATTACHMENTS, storage.manager.uuid("data"), "second")
+        return row.port if row is not None else 0
+
+    storage.kernel.before_change = look
+    assert storage.take_over("second")["success"]
+    storage.pass_time(SILENT_S + 10)
+    assert storage.manager.report("data", "second")["ioEnabled"] == 1
+    storage.kernel.write(storage.connect("second"), 0, BLOCK)
+    assert storage.refused("first", export) == errno.EIO
+
+
+def test_a_node_that_is_up_and_detaching_writes_out_its_data_first(storage: Storage) -> None:
+    storage.manager.attach("data", "first", mode=EXCLUSIVE)
+    old = storage.connect("first")
+    storage.take_over("second")
+    storage.pass_time(10 * SILENT_S)
+    assert storage.manager.report("data", "second") is None
+    storage.kernel.write(old, 0, BLOCK)
+    storage.kernel.disconnect(old)
+    storage.pass_time(10)
+    assert storage.manager.report("data", "second")["ioEnabled"] == 1
+
+
+def test_a_preempted_node_loses_its_io_at_once(storage: Storage) -> None:
+    storage.manager.attach("data", "first", mode=EXCLUSIVE)
+    old, export = storage.connect("first"), storage.export("first")
+    storage.take_over("second", detach=False)
+    assert not old.is_live
+    assert storage.refused("first", export) == errno.EIO
+    assert storage.manager.report("data", "first")["vol_status"] == DENIED
+    assert storage.manager.report("data", "second")["ioEnabled"] == 1
+
+
+def test_a_node_that_was_cut_off_never_reaches_the_volume_by_its_old_name(storage: Storage) -> None:
+    """Its kernel would write out what it has queued, over the data of the nodes that had the volume since."""
+    storage.manager.attach("data", "first", mode=SHARED)
+    export = storage.export("first")
+    storage.connect("first")
+    storage.take_over("second", detach=False)
+    storage.manager.detach("data", "second")
+    storage.manager.attach("data", "third", mode=SHARED)
+    for _ in range(2):
+        storage.pass_time(10)
+        assert storage.refused("first", export) == errno.EIO
+        storage.restart()
+    storage.reboot()
+    assert storage.refused("first", export) in (errno.ECONNREFUSED, errno.EIO)
+
+
+def test_nodes_that_share_a_volume_have_exports_of_their_own(storage: Storage) -> None:
+    for node in ("first", "second"):
+        storage.manager.attach("data", node, mode=SHARED)
+    first, second = storage.connect("first"), storage.connect("second")
+    storage.kernel.write(first, 0, BLOCK)
+    assert storage.kernel.read(second, 0, 4096) == BLOCK
+    assert storage.refused("second", storage.export("first")) == errno.EIO
+    storage.kernel.disconnect(first)
+    storage.manager.detach("data", "first")
+    storage.kernel.write(second, 0, BLOCK)
+
+
+def test_a_client_of_this_machine_and_a_node_exclude_each_other(storage: Storage) -> None:
+    storage.manager.attach("data", "node-1", mode=EXCLUSIVE)
+    storage.loops.open.add(0)
+    storage.take_over("worker")
+    storage.pass_time(10)
+    assert (storage.manager.report("data", "worker"), storage.kernel.subsystems) == (None, {})
+    storage.loops.open.clear()
+    storage.pass_time(10)
+    old = storage.connect("worker")
+    storage.take_over("node-1", detach=False)
+    assert not old.is_live
+    assert storage.manager.report("data", "node-1")["ioEnabled"] == 1
+
+
+# --- starts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_restart_touches_nothing_that_matches(storage: Storage) -> None:
+    storage.manager.save("other")
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    for node in ("worker", "second"):
+        storage.manager.attach("other", node, mode=SHARED)
+    controllers = [storage.connect("worker"), storage.connect("worker", "other"), storage.connect("second", "other")]
+    exports = [storage.export("worker"), storage.export("second", "other")]
+    storage.kernel.changes.clear()
+    storage.restart()
+    storage.pass_time(60)
+    assert storage.kernel.changes == []
+    assert all(controller.is_live for controller in controllers)
+    assert [storage.export("worker"), storage.export("second", "other")] == exports
+
+
+def test_a_reboot_makes_the_same_exports_again(storage: Storage) -> None:
+    storage.manager.save("other")
+    for volume in ("data", "other"):
+        storage.manager.attach(volume, "worker", mode=EXCLUSIVE)
+    before = storage.export("worker"), storage.export("worker", "other")
+    storage.kernel.write(storage.connect("worker"), 0, BLOCK)
+    storage.reboot()
+    assert (storage.export("worker"), storage.export("worker", "other")) == before
+    assert storage.kernel.read(storage.connect("worker"), 0, 4096) == BLOCK
+    storage.connect("worker", "other")
+
+
+@pytest.mark.parametrize("loss", ["gone", "short"])
+def test_a_volume_without_its_file_is_not_exported_and_the_others_are(storage: Storage, loss: str) -> None:
+    storage.manager.save("other")
+    for volume in ("data", "other"):
+        storage.manager.attach(volume, "worker", mode=EXCLUSIVE)
+    export, file = storage.export("worker"), storage.file()
+    kept = file.with_suffix(".kept")
+    file.rename(kept)
+    if loss == "short":
+        file.write_bytes(BLOCK)
+    storage.reboot()
+    storage.connect("worker", "other")
+    assert storage.refused("worker", export) == errno.ECONNREFUSED
+    kept.rename(file)
+    storage.pass_time(10)
+    storage.connect_to("worker", export["nqn"], export["paths"][0])
+
+
+def test_an_export_without_a_row_ends_when_its_node_has_gone(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    export, controller, uuid = storage.export("worker"), storage.connect("worker"), storage.manager.uuid("data")
+    storage.manager.server.store.write(lambda change: change.delete(ATTACHMENTS, uuid, "worker"))
+    storage.restart()
+    storage.take_over("second")
+    storage.pass_time(10 * SILENT_S)
+    assert storage.manager.report("data", "second") is None
+    storage.kernel.disconnect(controller)
+    storage.pass_time(SILENT_S + 2)
+    assert export["nqn"] not in storage.kernel.subsystems
+    storage.pass_time(10)
+    assert storage.manager.report("data", "second")["ioEnabled"] == 1
+
+
+def test_a_node_that_becomes_a_client_of_this_machine_is_not_two_writers(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    local = ClientSettings.under("worker", storage.manager.server.pool.directory.parent / "worker")
+    storage.restart(replace(storage.settings, clients=(*storage.settings.clients, local)))
+    storage.pass_time(10 * SILENT_S)
+    assert not storage.loops.bound
+    storage.kernel.disconnect(controller)
+    storage.pass_time(SILENT_S + 10)
+    assert len(storage.loops.bound) == 1
+
+
+def test_volumes_of_nodes_are_given_to_nobody_where_nothing_is_exported(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.restart(replace(storage.settings, export="loop"))
+    assert storage.is_down("worker")
+    storage.take_over("node-1")
+    assert storage.manager.report("data", "node-1") is None
+    storage.kernel.write(controller, 0, BLOCK)
+    storage.restart()
+    storage.kernel.disconnect(controller)
+    storage.pass_time(SILENT_S + 10)
+    assert storage.manager.report("data", "node-1")["ioEnabled"] == 1
+
+
+def test_what_an_earlier_container_exported_is_kept(storage: Storage, tmp_path: Path) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.manager.server.stop()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "pool")
+    namespace = storage.kernel.namespace(storage.kernel.controllers[0].nqn)
+    assert namespace is not None
+    path = namespace.attributes["device_path"]
+    namespace.attributes["device_path"] = path.replace("/pool/", "/inside/")
+    storage.kernel.changes.clear()
+    storage.manager = storage.started()
+    storage.pass_time(60)
+    assert (storage.kernel.changes, controller.is_live) == ([], True)
+    storage.file().rename(tmp_path / "moved")
+    storage.file().write_bytes(b"")
+    assert "is not the file" in storage.manager.server.volumes.why_other_file(storage.manager.uuid("data"))
+
+
+# --- size, readers, ports ---------------------------------------------------------------------------------------
+
+
+def test_an_export_grows_with_its_volume(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.manager.extend("data", 2)
+    namespace = storage.kernel.namespace(storage.export("worker")["nqn"])
+    assert namespace is not None
+    assert namespace.size_bytes == storage.manager.volume("data")["blocks"] * 4096
+
+
+def test_a_reader_of_a_copied_volume_has_the_same_file_after_a_reboot(storage: Storage) -> None:
+    """It has replayed the log there, and its filesystem is mounted."""
+    storage.manager.clone("data", "copy")
+    for node in ("first", "second"):
+        storage.manager.attach("copy", node, mode=READ_ONLY)
+    storage.kernel.write(storage.connect("first", "copy"), 0, BLOCK)
+    assert storage.kernel.read(storage.connect("second", "copy"), 0, 4096) == bytes(4096)
+    storage.reboot()
+    assert storage.kernel.read(storage.connect("first", "copy"), 0, 4096) == BLOCK
+    assert storage.file("copy").read_bytes()[:4096] == bytes(4096)
+
+
+def test_a_reader_that_ends_takes_its_file_along(storage: Storage) -> None:
+    storage.manager.clone("data", "copy")
+    storage.manager.attach("copy", "first", mode=READ_ONLY)
+    assert len(storage.manager.server.pool.private_files()) == 1
+    storage.manager.detach("copy", "first")
+    assert storage.manager.server.pool.private_files() == []
+
+
+def test_no_two_attachments_have_one_port(storage: Storage) -> None:
+    storage.restart(replace(storage.settings, export_ports=(24000, 24001)))
+    for number in range(3):
+        storage.manager.save(f"v{number}")
+    answers = [storage.manager.attach(f"v{number}", "worker") for number in range(3)]
+    assert [answer["success"] for answer in answers] == [True, True, False]
+    assert answers[2]["error"]["innerMessage"]["id"] == 91014
+    storage.manager.detach("v0", "worker")
+    assert storage.manager.attach("v2", "worker")["success"]
+    storage.connect("worker", "v1")
+    storage.connect("worker", "v2")
+
+
+def test_a_port_is_not_given_out_again_soon(storage: Storage) -> None:
+    ports = []
+    for _ in range(3):
+        storage.manager.attach("data", "worker")
+        ports.append(split_path(storage.export("worker")["paths"][0])[1])
+        storage.manager.detach("data", "worker")
+    assert len(set(ports)) == 3
+
+
+def test_a_port_of_another_program_is_left_out(storage: Storage) -> None:
+    storage.kernel.used_places.add(("127.0.0.1", 23000))
+    storage.manager.attach("data", "worker")
+    storage.pass_time(2)
+    assert storage.export("worker")["paths"] == ["127.0.0.1:23001"]
+    storage.connect("worker")
+
+
+def test_a_port_that_a_node_knows_stays(storage: Storage) -> None:
+    storage.manager.attach("data", "worker")
+    export = storage.export("worker")
+    storage.reboot(used_places={("127.0.0.1", 23000)})
+    assert storage.refused("worker", export) == errno.ECONNREFUSED
+    storage.kernel.used_places.clear()
+    storage.pass_time(10)
+    storage.connect_to("worker", export["nqn"], export["paths"][0])
+
+
+# --- whether to export ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("wish", "exports"), [("loop", False), ("auto", True), ("nvme-tcp", True)])
+def test_volumes_are_exported_as_wanted(tmp_path: Path, wish: str, *, exports: bool) -> None:
+    storage = Storage(tmp_path, export=wish)
+    assert (storage.manager.server.exports is not None) == exports
+    storage.manager.server.stop()
+
+
+def test_auto_says_why_it_does_not_export(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        storage = Storage(tmp_path, export="auto", addresses=())
+    assert storage.manager.server.exports is None
+    assert "not exported over NVMe/TCP: --export-address is not given" in caplog.text
+    storage.manager.server.stop()
+
+
+def test_a_machine_that_cannot_export_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NvmeTarget, "why_not", lambda self: "no module nvmet-tcp")
+    with pytest.raises(PreconditionFailed, match="no module nvmet-tcp"):
+        Storage(tmp_path)
+
+
+def test_a_pool_of_small_blocks_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pool, "block_bytes", lambda self: 1024)
+    with pytest.raises(PreconditionFailed, match="1024 bytes, expected 4096"):
+        Storage(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["10.0.0.300", "0.0.0.0", "::", "224.0.0.1", "fe80::1%eth0", "storage"])
+def test_only_an_address_that_nodes_can_reach_is_a_portal(value: str) -> None:
+    with pytest.raises(ValueError, match="an IP address"):
+        read_portal(value)
+
+
+@pytest.mark.parametrize("value", ["23000", "80-90", "24000-23000", "20000-28192", "60000-70000", "a-b"])
+def test_only_a_range_of_ports_is_one(value: str) -> None:
+    with pytest.raises(ValueError, match="LOW-HIGH"):
+        read_ports(value)
+
+
+def test_an_address_is_needed_to_export() -> None:
+    (problem,) = StorageSettings(Path("pool"), export="nvme-tcp").problems()
+    assert "--export-address" in problem
