@@ -101,7 +101,7 @@ class Storage:
         return self.manager.attach("data", node, mode=mode, version=version, preempt=True, isDetachOthers=detach)
 
     def is_down(self, node: str) -> bool:
-        return self.manager.get(f"/clients/{node}")["client_status"] == DOWN
+        return bool(self.manager.get(f"/clients/{node}")["client_status"] == DOWN)
 
     def file(self, volume: str = "data") -> Path:
         return self.manager.server.pool.file(self.manager.uuid(volume))
