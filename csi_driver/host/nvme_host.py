@@ -199,7 +199,10 @@ class Fabrics:
         return f"nvme{created[1]}"
 
     def probe(self, paths: Collection[str], within_s: float, more_s: float = 0.05) -> frozenset[str]:
-        """Return the paths that take a TCP connection, at most `within_s` later, or `more_s` after the first."""
+        """Return the paths whose target answers, at most `within_s` later, or `more_s` after the first.
+
+        A target that answers has taken the connection: one that is closed before is an error in its log.
+        """
         end_s = time.monotonic() + within_s
         found: set[str] = set()
         with contextlib.ExitStack() as opened, selectors.DefaultSelector() as selector:
@@ -207,11 +210,12 @@ class Fabrics:
                 with contextlib.suppress(OSError):
                     selector.register(opened.enter_context(_connecting(path)), selectors.EVENT_WRITE, path)
             while selector.get_map() and (left_s := end_s - time.monotonic()) > 0:
-                for key, _ in selector.select(left_s):
+                for key, event in selector.select(left_s):
+                    if event == selectors.EVENT_WRITE and _greets(key.fileobj):
+                        selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
+                        continue
                     selector.unregister(key.fileobj)
-                    if isinstance(key.fileobj, socket.socket) and not key.fileobj.getsockopt(
-                        socket.SOL_SOCKET, socket.SO_ERROR
-                    ):
+                    if event == selectors.EVENT_READ and _is_greeted(key.fileobj):
                         found.add(key.data)
                         end_s = min(end_s, time.monotonic() + more_s)
         return frozenset(found)
@@ -266,6 +270,21 @@ def _received(target: socket.socket, count: int) -> bytes:
     while len(found) < count and (piece := target.recv(count - len(found))):
         found += piece
     return found
+
+
+def _greets(target: object) -> bool:
+    """Send the first unit over a connection that is made, or not."""
+    try:
+        return isinstance(target, socket.socket) and target.send(_INITIALIZE) == len(_INITIALIZE)
+    except OSError:
+        return False
+
+
+def _is_greeted(target: object) -> bool:
+    try:
+        return isinstance(target, socket.socket) and target.recv(1) == bytes((_INITIALIZED,))
+    except OSError:
+        return False
 
 
 def _connecting(path: str) -> socket.socket:

@@ -8,6 +8,7 @@ import itertools
 import os
 import stat
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -82,9 +83,11 @@ class Machine:
         size_bytes: int = SIZE,
         paths: tuple[str, ...] | None = None,
         block_bytes: int = 4096,
+        name: str = NAME,
+        within_s: float = WAIT_S,
     ) -> None:
         wanted = NvmeExport(export.nqn, paths or at(export).paths, block_bytes)
-        self.volumes.connect(NAME, export.uuid, wanted, size_bytes, holder, deadline=soon())
+        self.volumes.connect(name, export.uuid, wanted, size_bytes, holder, deadline=Deadline.after(within_s))
 
     @property
     def node(self) -> Path:
@@ -472,3 +475,160 @@ def test_a_restart_keeps_a_connected_volume_as_it_is(machine: Machine, volume: s
     machine.keeper.keep()
     assert machine.io_enabled()
     assert (machine.number(), machine.volumes.sysfs.entries()) == (number, entries)
+
+
+# --- calls of the kernel that hang ---
+
+
+class Hanging:
+    """A call of the kernel that returns when it is let go."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    def __call__(self, call: object) -> None:
+        self.calls.append(str(call))
+        self.entered.set()
+        assert self.let_go.wait(WAIT_S)
+
+
+@pytest.fixture
+def hanging() -> Iterator[Hanging]:
+    made = Hanging()
+    yield made
+    made.let_go.set()
+
+
+@only_fake
+def test_a_connect_that_hangs_is_left_at_the_deadline_and_found_by_the_repeated_call(
+    machine: Machine, volume: str, hanging: Hanging
+) -> None:
+    export = machine.export(volume)
+    kernel_of(machine).before_connect = hanging
+    for _ in range(2):
+        with pytest.raises(DeadlineReached):
+            machine.connect(export, within_s=0.1)
+    assert not machine.io_enabled()
+    hanging.let_go.set()
+    machine.connect(export)
+    assert machine.io_enabled()
+    assert len(hanging.calls) == 1
+
+
+@only_fake
+def test_a_disconnect_waits_for_the_connect_that_hangs(machine: Machine, volume: str, hanging: Hanging) -> None:
+    export = machine.export(volume)
+    kernel_of(machine).before_connect = hanging
+    with pytest.raises(DeadlineReached):
+        machine.connect(export, within_s=0.1)
+    with pytest.raises(DeadlineReached):
+        machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(0.1))
+    assert machine.volumes.names() == {NAME}
+    hanging.let_go.set()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+    assert machine.volumes.names() == frozenset()
+
+
+@only_fake
+def test_a_connect_that_waits_behind_one_that_hangs_is_dropped_by_the_disconnect(
+    machine: Machine, volume: str, hanging: Hanging
+) -> None:
+    first, second = machine.export(volume), machine.export(str(uuid.uuid4()))
+    kernel_of(machine).before_connect = hanging
+    with pytest.raises(DeadlineReached):
+        machine.connect(first, within_s=0.1)
+    with pytest.raises(DeadlineReached):
+        machine.connect(second, name="csi-second", within_s=0.1)
+    machine.volumes.disconnect("csi-second", HOLDER, deadline=soon())
+    hanging.let_go.set()
+    machine.connect(first)
+    assert machine.volumes.sysfs.find(second.nqn) is None
+    assert len(hanging.calls) == 1
+
+
+@only_fake
+def test_a_path_whose_end_hangs_is_left_at_the_deadline_and_found_by_the_repeated_call(
+    machine: Machine, volume: str, hanging: Hanging
+) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    kernel_of(machine).before_delete = hanging
+    for _ in range(2):
+        with pytest.raises(DeadlineReached):
+            machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(0.1))
+    assert machine.volumes.names() == {NAME}
+    hanging.let_go.set()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert len(hanging.calls) == 1
+    assert machine.volumes.sysfs.find(export.nqn) is None
+
+
+@only_fake
+def test_the_keeper_does_not_wait_for_a_connect_that_hangs(machine: Machine, volume: str, hanging: Hanging) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.volumes.end_subsystem(export.nqn, soon())
+    kernel_of(machine).before_connect = hanging
+    machine.keeper.round_s = 0.1
+    machine.keeper.keep()
+    machine.keeper.keep()
+    assert len(hanging.calls) == 1
+    hanging.let_go.set()
+    assert kept_until(machine, machine.io_enabled)
+    assert len(hanging.calls) == 1
+
+
+# --- a kernel that keeps a namespace without paths (delayed_removal_secs, Linux 6.16) ---
+
+
+@only_fake
+def test_a_namespace_that_outlives_its_paths_is_the_same_device_after_the_reconnect(
+    machine: Machine, volume: str
+) -> None:
+    kernel = kernel_of(machine)
+    kernel.has_delayed_removal = True
+    export = machine.export(volume)
+    machine.connect(export)
+    number = machine.number()
+    assert eventually(lambda: removal_s(machine, export) == "60")
+    machine.target.apply(replace(export, hosts=frozenset({host_nqn("node-b")})))
+    kernel.work()
+    assert machine.controllers(export) == {}
+    machine.target.apply(export)
+    assert kept_until(machine, machine.io_enabled)
+    assert machine.number() == number
+
+
+@only_fake
+def test_the_waiting_io_of_a_volume_that_was_taken_over_fails(machine: Machine, volume: str) -> None:
+    kernel = kernel_of(machine)
+    kernel.has_delayed_removal = True
+    export = machine.export(volume)
+    machine.connect(export)
+    assert eventually(lambda: removal_s(machine, export) == "60")
+    machine.target.apply(replace(export, hosts=frozenset({host_nqn("node-b")})))
+    assert kept_until(machine, lambda: machine.status().preempted)
+    assert eventually(lambda: removal_s(machine, export) == "0")
+    with pytest.raises(DeadlineReached):
+        machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(0.1))
+    kernel.expire()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert not machine.node.exists()
+
+
+@only_fake
+def test_a_disconnect_does_not_wait_for_the_delayed_removal(machine: Machine, volume: str) -> None:
+    kernel_of(machine).has_delayed_removal = True
+    export = machine.export(volume)
+    machine.connect(export)
+    assert eventually(lambda: removal_s(machine, export) == "60")
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+
+
+def removal_s(machine: Machine, export: TargetExport) -> str:
+    subsystem = machine.volumes.subsystem(export.nqn)
+    assert subsystem is not None
+    return machine.volumes.sysfs.of_head(subsystem.name, subsystem.heads[0].name, "delayed_removal_secs")

@@ -388,6 +388,11 @@ class _FakeSysfs(Sysfs):
         self._kernel.reads.append(nqn)
         return super().find(nqn, hint)
 
+    def tune_head(self, subsystem: str, head: str, attribute: str, value: str) -> None:
+        file = self._kernel.root / "class/nvme-subsystem" / subsystem / head / attribute
+        if file.exists():
+            _write(file, value)
+
     def delete(self, controller: str) -> None:
         self._kernel.delete(controller)
 

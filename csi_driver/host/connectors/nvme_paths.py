@@ -23,8 +23,6 @@ from csi_driver.nvme_model import NvmeExport, host_nqn
 from csi_driver.thread_pool import Job
 
 _LOG = logging.getLogger(__name__)
-_ROUND_S = 2.0
-"""So long a round waits for the connects that it started; the next round finds those that still run."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
 
 
@@ -33,6 +31,8 @@ class PathKeeper:
     """Keeps the paths of `volumes`. `keep` is called once a second by one thread."""
 
     volumes: NvmeVolumes
+    round_s: float = 2.0
+    """So long a round waits for the connects that it started; the next round finds those that still run."""
     reconnects: int = field(default=0, init=False)
     _settled: dict[str, tuple[Connection, frozenset[tuple[str, int]]]] = field(default_factory=dict, init=False)
     _pauses: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict, init=False)
@@ -98,7 +98,7 @@ class PathKeeper:
                 jobs[self.volumes.start_connect(record, path)] = record, path
             else:
                 self._failed(record, path)
-        wait(jobs, _ROUND_S)
+        wait(jobs, self.round_s)
         for job, (record, path) in jobs.items():
             if job.done() and not job.cancelled():
                 self._finished(record, path, job.exception())
