@@ -34,7 +34,7 @@ RUN cd /opt/nvmesh-csi/lib/python3*/site-packages \
 FROM ${BASE}
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
-    btrfs-progs ca-certificates cryptsetup-bin e2fsprogs mount python3 util-linux xfsprogs \
+    btrfs-progs ca-certificates cryptsetup-bin e2fsprogs kmod mount python3 util-linux xfsprogs \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/debconf/* /var/log/*.log /var/log/apt
 COPY --from=build /opt/nvmesh-csi /opt/nvmesh-csi
 

@@ -62,6 +62,8 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
         "--device-directory": "node.deviceDirectory",
         "--status-directory": "node.statusDirectory",
         "--kubelet-registration-directory": "kubeletDirectory",
+        "--nvme-directory": "storage.nvme.enabled",
+        "--storage-node": "storage.nodeName",
         "--node-label": "node.nodeLabel",
         "--startup-taint": "node.startupTaint",
     },
@@ -78,6 +80,9 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
         "--password-file": "storage.existingSecret",
         "--tls-certificate": "storage.tls.existingSecret",
         "--tls-key": "storage.tls.existingSecret",
+        "--export": "storage.nvme.enabled",
+        "--export-address": "storage.nvme.addresses",
+        "--export-ports": "storage.nvme.ports",
         "--http-listen": "storage.http",
     },
 }

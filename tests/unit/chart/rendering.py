@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[3]
 CHART = ROOT / "deploy" / "helm" / "nvmesh-csi-driver"
 NVMESH = ("management.servers={https://mgmt-1:4000}", "management.existingSecret=mgmt")
 EMBEDDED = ("storage.enabled=true", "storage.nodeName=box")
+EXPORTED = (
+    *EMBEDDED,
+    "storage.poolDirectory=/srv/pool",
+    "storage.nvme.enabled=true",
+    "storage.nvme.addresses={10.1.0.1,fd00::1}",
+)
 SNAPSHOTS = "snapshots.enabled=true"
 Manifest = dict[str, Any]
 

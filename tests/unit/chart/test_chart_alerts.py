@@ -185,6 +185,16 @@ CASES: Mapping[str, Case] = {
         {f"nvmesh_csi_nvme_orphans{{{NODE}}}": "0x35 1x300"},
         {"node": "n1"},
     ),
+    "ExportsWait": Case(
+        {f'nvmesh_csi_storage_exports{{{STORAGE}, state="waiting"}}': "0x10 2x300"},
+        {f'nvmesh_csi_storage_exports{{{STORAGE}, state="waiting"}}': "9x8 0x42 9x300"},
+        {"pod": "s"},
+    ),
+    "ExportPortsNearlyUsed": Case(
+        {f"nvmesh_csi_storage_export_ports_free{{{STORAGE}}}": "49x300"},
+        {f"nvmesh_csi_storage_export_ports_free{{{STORAGE}}}": "50x300"},
+        {"pod": "s"},
+    ),
     "PoolNearlyFull": Case(pool("500x300", available="40x300"), pool("500x300", available="60x300"), {"pod": "s"}),
     # The disk is almost empty: all of it is promised.
     "PoolNearlyPromised": Case(pool("50x300"), pool("150x300"), {"pod": "s"}),

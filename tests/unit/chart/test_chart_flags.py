@@ -14,10 +14,10 @@ import pytest
 
 from csi_driver import flags as read
 from csi_driver.config import parse
-from csi_driver.embedded.settings import read_client, read_factor, read_portal, read_ports
+from csi_driver.embedded.settings import read_client, read_factor
 from csi_driver.flags import Flag
 from tests.tools.chart_schema import OWN_VALUES, flags_of, value_name
-from tests.unit.chart.rendering import EMBEDDED, NVMESH, Manifest, Rendered, helm, render
+from tests.unit.chart.rendering import EMBEDDED, EXPORTED, NVMESH, Manifest, Rendered, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -47,8 +47,6 @@ def other_value(flag: Flag[object]) -> Any:
         read.read_socket.read: "/elsewhere/csi.sock",
         read_client.read: "other=/elsewhere",
         read_factor.read: 0.5,
-        read_portal.read: "10.0.0.1",
-        read_ports.read: "24000-24999",
         read.read_text.read: "words with spaces, and: a colon",
     }
     if flag.read.read in samples:
@@ -62,8 +60,7 @@ def free_flags(role: str) -> dict[str, Any]:
     for flag in flags_of(role):
         if flag.name not in OWN_VALUES[role]:
             value = other_value(flag)
-            second = "10.0.0.2" if flag.read is read_portal else "second=/elsewhere/2"
-            found[flag.name] = [value, second] if flag.is_repeatable else value
+            found[flag.name] = [value, "second=/elsewhere/2"] if flag.is_repeatable else value
     return found
 
 
@@ -192,6 +189,7 @@ CASES: Mapping[str, Sequence[Case]] = {
         Case((*NVMESH, "node.stateDirectory=/s"), {"--state-directory": ["/s"]}),
         Case((*NVMESH, "node.deviceDirectory=/d"), {"--device-directory": ["/d"]}),
         Case((*NVMESH, "node.statusDirectory=/t"), {"--status-directory": ["/t"]}),
+        Case(EXPORTED, {"--nvme-directory": ["/run/nvmesh-csi/nvme"], "--storage-node": ["box"]}),
         Case((*NVMESH, "node.nodeLabel=true"), {"--node-label": ["true"]}),
         Case(
             (*NVMESH, "node.startupTaint.enabled=true", "node.startupTaint.key=example.com/soon"),
@@ -215,6 +213,14 @@ CASES: Mapping[str, Sequence[Case]] = {
         Case(
             (*EMBEDDED, "storage.tls.existingSecret=t"),
             files={"--tls-certificate": ("t", "tls.crt"), "--tls-key": ("t", "tls.key")},
+        ),
+        Case(
+            (*EXPORTED, "storage.nvme.ports=24000-24999"),
+            {
+                "--export": ["nvme-tcp"],
+                "--export-address": ["10.1.0.1", "fd00::1"],
+                "--export-ports": ["24000-24999"],
+            },
         ),
         Case((*EMBEDDED, "storage.http.host=10.0.0.1", "storage.http.port=99"), {"--http-listen": ["10.0.0.1:99"]}),
     ),

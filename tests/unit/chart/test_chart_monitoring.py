@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client import Counter, Gauge, Histogram
 
-from csi_driver.host_model import NvmeStates
+from csi_driver.host_model import ExportCounts, NvmeStates
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric, Reading
 from tests.documents import anchors
@@ -66,6 +66,7 @@ def every_metric() -> Iterator[Metric]:
     yield from metrics.registration(lambda: True, dict)
     yield metrics.NvmeMetrics(lambda: NvmeStates({"ready": 1}, {"live": 1}, 0, 0, 0, 0))
     yield from metrics.storage(dict, lambda: 0, lambda: 0)
+    yield from metrics.exports(lambda: ExportCounts(0, 0, 0, 0))
     yield from metrics.Cuts(()).measurements(lambda: 0)
     yield from metrics.process(version="", role="", driver_name="")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.chart.rendering import EMBEDDED, NVMESH, SNAPSHOTS, Manifest, Refused, Rendered, helm, render
+from tests.unit.chart.rendering import EMBEDDED, EXPORTED, NVMESH, SNAPSHOTS, Manifest, Refused, Rendered, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -139,6 +139,29 @@ def test_a_restricted_controller_reaches_the_embedded_manager() -> None:
 
 def test_a_restricted_embedded_manager_reaches_nobody() -> None:
     assert policy(render(*EMBEDDED, *EGRESS), "storage")["spec"]["egress"] == []
+
+
+def test_no_policy_pretends_to_protect_pods_in_the_hosts_network() -> None:
+    """A NetworkPolicy does not apply to such a pod, so one that selects it would protect nothing."""
+    rendered = render(*EXPORTED, *EGRESS, MANAGEMENT)
+    assert {name for name, pod in rendered.pods().items() if pod.get("hostNetwork")} == {"node", "storage"}
+    (only,) = rendered.of("NetworkPolicy")
+    selected = only["spec"]["podSelector"]["matchLabels"].items()
+    assert selected <= pods_labels(rendered, "Deployment", "controller").items()
+    assert not [rule for rule in only["spec"]["egress"] if "podSelector" in rule["to"][0]]
+
+
+def test_in_the_hosts_network_the_api_listens_on_one_address() -> None:
+    (listen,) = (word for word in render(*EXPORTED).args("storage/storage") if word.startswith("--listen="))
+    assert listen == "--listen=$(HOST_IP):4000"
+    names = [one["name"] for one in render(*EXPORTED).container("storage/storage")["env"]]
+    assert "HOST_IP" in names
+    (listen,) = (
+        word
+        for word in render(*EXPORTED, "storage.listenHost=[fd00::9]").args("storage/storage")
+        if word.startswith("--listen=")
+    )
+    assert listen == "--listen=[fd00::9]:4000"
 
 
 def test_restricting_without_addresses_is_refused() -> None:

@@ -8,7 +8,18 @@ import pytest
 from csi_driver import driver_version
 from csi_driver.config.command import flags_of
 from csi_driver.config.csi_commands import ControllerCommand
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, ROOT, SNAPSHOTS, Manifest, Rendered, helm, render
+from tests.unit.chart.rendering import (
+    CHART,
+    EMBEDDED,
+    EXPORTED,
+    NVMESH,
+    ROOT,
+    SNAPSHOTS,
+    Manifest,
+    Rendered,
+    helm,
+    render,
+)
 from tests.unit.chart.variants import VARIANTS, Variant
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
@@ -290,6 +301,7 @@ def test_no_budget_holds_up_a_drain_for_ever() -> None:
     """Of one replica, or where all are on one machine, none could come back before the last one has to go."""
     assert render(*NVMESH, "controller.replicas=1").of("PodDisruptionBudget") == []
     assert render(*EMBEDDED).of("PodDisruptionBudget") == []
+    assert len(render(*EXPORTED).of("PodDisruptionBudget")) == 1
     (budget,) = render(*NVMESH).of("PodDisruptionBudget")
     assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
     assert budget["spec"]["maxUnavailable"] == 1

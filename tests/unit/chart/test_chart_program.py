@@ -31,7 +31,7 @@ def parsed(rendered: Rendered, container: str, directory: Path) -> Command:
     clusters.write_text(maps[0]["data"]["clusters.yaml"] if maps else str(MOUNTED))
     flag = "--clusters-file="
     words = [f"{flag}{clusters}" if word.startswith(flag) else word for word in rendered.args(container)]
-    return parse([word.replace("$(NODE_NAME)", "box") for word in words], POD)
+    return parse([word.replace("$(NODE_NAME)", "box").replace("$(HOST_IP)", "192.0.2.1") for word in words], POD)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))

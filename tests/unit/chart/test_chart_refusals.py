@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.chart.rendering import CHART, EMBEDDED, NVMESH, SNAPSHOTS, Refused, helm, render
+from tests.unit.chart.rendering import CHART, EMBEDDED, EXPORTED, NVMESH, SNAPSHOTS, Refused, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -101,6 +101,39 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         ((*NVMESH, "controller.podDisruptionBudget.maxUnavailable=0%"), "maxUnavailable: expected at least 1, got 0%"),
         ((*NVMESH, "storageClasses[0].name=nvmesh-raid1"), "name nvmesh-raid1 is used twice"),
         ((*NVMESH, "storageClasses[0].name=a", "storageClasses[1].name=a"), "name a is used twice"),
+        (
+            (*NVMESH, "storage.nvme.enabled=true"),
+            "volumes are exported by the embedded manager of this release",
+        ),
+        ((*EMBEDDED, "storage.nvme.enabled=true"), "storage.nvme.addresses is empty: name the addresses of box"),
+        ((*EXPORTED, "storage.nvme.addresses={0.0.0.0}"), "expected an address of the storage network, got 0.0.0.0"),
+        ((*EXPORTED, "storage.nvme.addresses={10.0.0.1,::}"), "expected an address of the storage network, got ::"),
+        (
+            (*EXPORTED, "storage.nvme.addresses={127.0.0.2}"),
+            "of the storage network, got 127.0.0.2",
+        ),
+        ((*EXPORTED, "storage.poolDirectory="), "storage.poolDirectory is empty: name a directory that exists"),
+        ((*EXPORTED, "storage.listenHost=[::]"), "storage.listenHost: expected an address of the node, got [::]"),
+        ((*EXPORTED, "attachBy=node"), "a volume of a dead node could not be moved"),
+        ((*EXPORTED, "storage.nvme.ports=24000-23000"), "expected LOW-HIGH, at most 65535 and 8192 ports"),
+        ((*EXPORTED, "storage.nvme.ports=20000-29000"), "expected LOW-HIGH, at most 65535 and 8192 ports"),
+        ((*EXPORTED, "storage.nvme.ports=60000-65536"), "expected LOW-HIGH, at most 65535 and 8192 ports"),
+        ((*EXPORTED, "storage.nvme.ports=9000-9900"), "9000-9900 contains node.http.port, 9809"),
+        ((*EXPORTED, "storage.nvme.ports=4000-4999"), "4000-4999 contains storage.service.port, 4000"),
+        ((*EXPORTED, "storage.http.port=9809"), "node.http.port and storage.http.port are both 9809"),
+        (
+            (*EXPORTED, "monitoring.podMonitor.enabled=true", "node.http.host=0.0.0.0"),
+            "pods of the storage serve their metrics on 127.0.0.1 alone",
+        ),
+        (
+            (
+                *EXPORTED,
+                "networkPolicy.enabled=true",
+                "networkPolicy.egress.enabled=true",
+                "networkPolicy.egress.apiServer.cidrs={10.0.0.1/32}",
+            ),
+            "name the address of its node in networkPolicy.egress.management.cidrs",
+        ),
         ((*EMBEDDED, "fullnameOverride=1st"), "got 1st-storage"),
         (
             (*EMBEDDED, "storageClasses[0].name=a", "storageClasses[0].isDefault=true"),

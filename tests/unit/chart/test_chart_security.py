@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.chart.rendering import EMBEDDED, NVMESH, helm, render
+from tests.unit.chart.rendering import EMBEDDED, EXPORTED, NVMESH, helm, render
 from tests.unit.chart.variants import VARIANTS, Variant
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
@@ -42,10 +42,13 @@ def test_containers_have_the_rights_that_they_need(variant: Variant) -> None:
 @every_variant
 def test_pods_share_nothing_of_the_host_that_is_not_asked_for(variant: Variant) -> None:
     sets, values = variant
+    on_host = {"node"} if "node.hostNetwork=true" in sets else set()
+    if "storage.nvme.enabled=true" in sets:
+        on_host = {"node", "storage"}
     for role, pod in render(*sets, values=values).pods().items():
         assert not pod.get("hostPID")
         assert not pod.get("hostIPC")
-        assert bool(pod.get("hostNetwork")) is (role == "node" and "node.hostNetwork=true" in sets)
+        assert bool(pod.get("hostNetwork")) is (role in on_host)
 
 
 def host_paths(role: str, *sets: str) -> dict[str, tuple[bool, str]]:
@@ -82,6 +85,16 @@ def test_the_host_shows_what_the_table_says() -> None:
         "/dev": writable,
         "/var/lib/nvmesh-csi/pool": writable,
         "/run/nvmesh-csi/proc": writable,
+    }
+    assert host_paths("node", *EXPORTED) == host_paths("node", *EMBEDDED) | {
+        "/run/nvmesh-csi/nvme": writable,
+        "/lib/modules": (True, "None"),
+    }
+    assert host_paths("storage", *EXPORTED) == {
+        "/dev": writable,
+        "/srv/pool": writable,
+        "/run/nvmesh-csi/proc": writable,
+        "/lib/modules": (True, "None"),
     }
     below_run = (*EMBEDDED, "storage.deviceDirectory=/run/d")
     assert host_paths("node", *below_run)["/run/d"] == (False, "HostToContainer")
@@ -152,6 +165,7 @@ def test_nodes_have_no_credentials_unless_they_attach_for_themselves() -> None:
     assert secrets(*NVMESH) == []
     assert secrets(*EMBEDDED) == []
     assert secrets(*NVMESH, "attachBy=node") == ["mgmt"]
+    assert secrets(*EXPORTED) == []
 
 
 def test_the_storages_password_is_made_only_where_none_is_named() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.unit.chart.rendering import EMBEDDED, NVMESH, SNAPSHOTS
+from tests.unit.chart.rendering import EMBEDDED, EXPORTED, NVMESH, SNAPSHOTS
 
 Variant = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -43,6 +43,7 @@ VARIANTS: dict[str, Variant] = {
         (*EMBEDDED, "storage.existingSecret=mine", "storage.service.clusterIP=10.96.0.50"),
         {},
     ),
+    "exported over NVMe/TCP": ((*EXPORTED, "networkPolicy.enabled=true", "sidecars.livenessprobe.enabled=true"), {}),
     "sidecars of the node": ((*NVMESH, "sidecars.registrar.enabled=true", "sidecars.livenessprobe.enabled=true"), {}),
     "node on the host's network": ((*NVMESH, "node.hostNetwork=true", "sidecars.livenessprobe.enabled=true"), {}),
     "CSI-Addons": ((*NVMESH, "csiAddons.enabled=true", "rbac.secrets.namespaces={keys}"), {}),

@@ -54,7 +54,7 @@
 {{/* Address of a role's HTTP server, without the port: empty is every address. Call with (dict "root" $ "role" NAME). */}}
 {{- define "nvmesh-csi.httpHost" -}}
 {{- $values := index .root.Values .role -}}
-{{- $values.http.host | default (ternary "127.0.0.1" "" ($values.hostNetwork | default false)) -}}
+{{- $values.http.host | default (ternary "127.0.0.1" "" (eq (include "nvmesh-csi.hostNetwork" .) "true")) -}}
 {{- end -}}
 
 {{- define "nvmesh-csi.httpArg" -}}
@@ -74,7 +74,7 @@ livenessProbe:
     path: /healthz
     port: {{ ternary "healthz" "http" (not (not $sidecar)) }}
     {{- if $sidecar }}
-    {{- if (index .root.Values .role).hostNetwork }}
+    {{- if include "nvmesh-csi.hostNetwork" . }}
     host: 127.0.0.1
     {{- end }}
     {{- else if hasPrefix "127." $host }}

@@ -13,12 +13,22 @@
 {{- if and .Values.storage.enabled (not .Values.management.servers) (not (include "nvmesh-csi.clusters" .)) -}}true{{- end -}}
 {{- end -}}
 
+{{/* "true" where the embedded manager exports volumes to other nodes. */}}
+{{- define "nvmesh-csi.isExported" -}}
+{{- if and .Values.storage.enabled .Values.storage.nvme.enabled -}}true{{- end -}}
+{{- end -}}
+
 {{- define "nvmesh-csi.storageUrl" -}}
 {{- $scheme := ternary "https" "http" (ne .Values.storage.tls.existingSecret "") -}}
 {{- $host := .Values.storage.service.clusterIP -}}
 {{- if contains ":" $host -}}{{- $host = printf "[%s]" $host -}}{{- end -}}
 {{- $host = $host | default (printf "%s-storage.%s.svc" (include "nvmesh-csi.fullname" .) .Release.Namespace) -}}
 {{- printf "%s://%s:%d" $scheme $host (int .Values.storage.service.port) -}}
+{{- end -}}
+
+{{/* Address of the manager's API; in the host's network the node's own, never all of them. */}}
+{{- define "nvmesh-csi.storageListenHost" -}}
+{{- ternary "$(HOST_IP)" .Values.storage.listenHost (and (eq (include "nvmesh-csi.isExported" .) "true") (eq .Values.storage.listenHost "0.0.0.0")) -}}
 {{- end -}}
 
 {{- define "nvmesh-csi.storageSecret" -}}

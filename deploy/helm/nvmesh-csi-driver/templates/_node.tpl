@@ -46,6 +46,9 @@
 - {path: {{ . }}, mode: shared}
 {{- end }}
 {{- end }}
+{{- if include "nvmesh-csi.isExported" . }}
+- {path: /run/nvmesh-csi/nvme, mode: write}
+{{- end }}
 {{- if not .Values.storage.enabled }}
 {{- range .Values.node.clientDirectories }}
 - {path: {{ . }}, mode: read}

@@ -23,6 +23,12 @@ annotations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
+{{/* "true" where the pod uses the host's network: listeners and connections of NVMe/TCP belong to the network namespace
+     in which they are made, and a connection that was made in a pod's is never made again. */}}
+{{- define "nvmesh-csi.hostNetwork" -}}
+{{- if or (index .root.Values .role).hostNetwork (and (ne .role "controller") (include "nvmesh-csi.isExported" .root)) -}}true{{- end -}}
+{{- end -}}
+
 {{/* A pod without its affinity, containers and volumes. */}}
 {{- define "nvmesh-csi.podSpec" -}}
 {{- $values := index .root.Values .role -}}
@@ -34,10 +40,11 @@ priorityClassName: {{ $values.priorityClassName | quote }}
 {{- $preStop := $values.preStop | default dict }}
 {{- /* preStop and the driver's own end share the pod's time. */}}
 terminationGracePeriodSeconds: {{ add (int $values.terminationGracePeriodSeconds) (ternary (int $preStop.timeoutSeconds) 0 ($preStop.enabled | default false)) }}
-{{- if $values.hostNetwork }}
+{{- $hostNetwork := include "nvmesh-csi.hostNetwork" . }}
+{{- if $hostNetwork }}
 hostNetwork: true
 {{- end }}
-{{- with $values.dnsPolicy | default (ternary "ClusterFirstWithHostNet" "" ($values.hostNetwork | default false)) }}
+{{- with $values.dnsPolicy | default (ternary "ClusterFirstWithHostNet" "" (eq $hostNetwork "true")) }}
 dnsPolicy: {{ . }}
 {{- end }}
 {{- with $values.dnsConfig }}
@@ -72,6 +79,10 @@ env:
   {{- if $isPrivileged }}
   - name: NODE_NAME
     valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+  {{- if and (eq .role "storage") (include "nvmesh-csi.isExported" .root) }}
+  - name: HOST_IP
+    valueFrom: {fieldRef: {fieldPath: status.hostIP}}
+  {{- end }}
   {{- end }}
   {{- with $values.extraEnv }}
   {{- toYaml . | nindent 2 }}
@@ -95,6 +106,10 @@ terminationMessagePolicy: FallbackToLogsOnError
 - {name: dev, mountPath: /dev}
 - {name: tmp, mountPath: /tmp}
 - {name: cryptsetup, mountPath: /run/cryptsetup}
+{{- if include "nvmesh-csi.isExported" . }}
+# To load the kernel's modules of NVMe/TCP.
+- {name: modules, mountPath: /lib/modules, readOnly: true}
+{{- end }}
 {{- end -}}
 
 {{- define "nvmesh-csi.privilegedVolumes" -}}
@@ -105,6 +120,10 @@ terminationMessagePolicy: FallbackToLogsOnError
 # Locks of cryptsetup.
 - name: cryptsetup
   emptyDir: {medium: Memory, sizeLimit: 16Mi}
+{{- if include "nvmesh-csi.isExported" . }}
+- name: modules
+  hostPath: {path: /lib/modules}
+{{- end }}
 {{- end -}}
 
 {{/* What no container of ours needs, where it is not the node's or the storage manager's. */}}

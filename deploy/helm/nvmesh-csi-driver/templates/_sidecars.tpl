@@ -99,7 +99,7 @@ securityContext: {{- mergeOverwrite $own ($all.securityContext | default dict | 
   args:
     - --csi-address=/run/csi/csi.sock
     - --probe-timeout={{ int .root.Values.sidecars.livenessprobe.probeTimeoutSeconds }}s
-    - --http-endpoint={{ ternary "127.0.0.1" "" (index .root.Values .role).hostNetwork }}:{{ int .port }}
+    - --http-endpoint={{ ternary "127.0.0.1" "" (eq (include "nvmesh-csi.hostNetwork" .) "true") }}:{{ int .port }}
     {{- include "nvmesh-csi.sidecarLastArgs" (dict "root" .root "name" "livenessprobe") | nindent 4 }}
   volumeMounts:
     - {name: {{ .mount }}, mountPath: /run/csi}

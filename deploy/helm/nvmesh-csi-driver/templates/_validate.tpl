@@ -33,6 +33,7 @@
 {{- if and $v.storage.enabled (not (regexMatch "^[a-z][a-z0-9-]*$" $name)) -}}
 {{- fail (printf "name of the storage's Service: expected letters, digits and '-', the first a letter, got %s: set fullnameOverride, or rename the release" $name) -}}
 {{- end -}}
+{{- include "nvmesh-csi.validateExport" . -}}
 {{- include "nvmesh-csi.validateSnapshots" . -}}
 {{- $daemonSets := dict "node" $v.node -}}
 {{- range $name, $own := $v.additionalDaemonSets -}}
@@ -75,6 +76,45 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Volumes are exported to addresses that are given, never to others. */}}
+{{- define "nvmesh-csi.validateExport" -}}
+{{- $storage := .Values.storage -}}
+{{- $nvme := $storage.nvme -}}
+{{- if and $nvme.enabled (not $storage.enabled) -}}
+{{- fail "storage.nvme.enabled is true and storage.enabled is false: volumes are exported by the embedded manager of this release; set storage.enabled to true" -}}
+{{- end -}}
+{{- if include "nvmesh-csi.isExported" . -}}
+{{- if not $nvme.addresses -}}
+{{- fail (printf "storage.nvme.addresses is empty: name the addresses of %s in the storage network; none is guessed, as whoever reaches an export can attack it" $storage.nodeName) -}}
+{{- end -}}
+{{- range $nvme.addresses -}}
+{{- if regexMatch "^(0\\.0\\.0\\.0|::|127\\..*|::1|169\\.254\\..*|[fF][eE]80:.*)$" . -}}
+{{- fail (printf "storage.nvme.addresses: expected an address of the storage network, got %s, which is every address, or one that no other node reaches; name the machine's own address" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if not $storage.poolDirectory -}}
+{{- fail "storage.poolDirectory is empty: name a directory that exists in the filesystem of the drives; with storage.nvme.enabled it is never created, so that a drive that is not mounted is noticed" -}}
+{{- end -}}
+{{- if eq $storage.listenHost "[::]" -}}
+{{- fail "storage.listenHost: expected an address of the node, got [::], which in the host's network (storage.nvme.enabled) is every network of the machine; name the node's address" -}}
+{{- end -}}
+{{- if eq .Values.attachBy "node" -}}
+{{- fail "attachBy is node and storage.nvme.enabled is true: a volume of a dead node could not be moved; set attachBy to controller" -}}
+{{- end -}}
+{{- $range := splitList "-" $nvme.ports -}}
+{{- $low := first $range | int -}}
+{{- $high := last $range | int -}}
+{{- if or (gt $low $high) (gt $high 65535) (ge (sub $high $low) 8192) -}}
+{{- fail (printf "storage.nvme.ports: expected LOW-HIGH, at most 65535 and 8192 ports, got %s" $nvme.ports) -}}
+{{- end -}}
+{{- range $value, $port := dict "storage.service.port" $storage.service.port "storage.http.port" $storage.http.port "node.http.port" .Values.node.http.port -}}
+{{- if and (ge (int $port) $low) (le (int $port) $high) -}}
+{{- fail (printf "storage.nvme.ports: %s contains %s, %d; set different ports" $nvme.ports $value (int $port)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* csi-snapshotter ends at once, again and again, where the storage has no snapshots. */}}
 {{- define "nvmesh-csi.validateSnapshots" -}}
 {{- $v := .Values -}}
@@ -101,12 +141,16 @@
 {{- $node := dict "node.http.port" .Values.node.http.port "sidecars.livenessprobe.nodePort" (ternary $side.livenessprobe.nodePort 0 $probe) -}}
 {{- if .Values.csiAddons.enabled -}}{{- $_ := set $node "sidecars.csiAddons.nodePort" $side.csiAddons.nodePort -}}{{- end -}}
 {{- $storage := dict "storage.http.port" .Values.storage.http.port "storage.service.port" .Values.storage.service.port -}}
-{{- $pods := list $storage -}}
-{{- if and .Values.controller.hostNetwork .Values.node.hostNetwork -}}
-{{- $pods = append $pods (merge (dict) $controller $node) -}}
+{{- $pods := list -}}
+{{- $onHost := dict -}}
+{{- range $role, $ports := dict "controller" $controller "node" $node "storage" (ternary $storage dict .Values.storage.enabled) -}}
+{{- if include "nvmesh-csi.hostNetwork" (dict "root" $ "role" $role) -}}
+{{- $onHost = merge $onHost $ports -}}
 {{- else -}}
-{{- $pods = append (append $pods $controller) $node -}}
+{{- $pods = append $pods $ports -}}
 {{- end -}}
+{{- end -}}
+{{- $pods = append $pods $onHost -}}
 {{- range $pods -}}
 {{- $taken := dict -}}
 {{- range $value, $port := . -}}
