@@ -204,6 +204,8 @@ def _run_node(command: NodeCommand, reporter: Reporter) -> int:
             for loop in loops:
                 running.enter_context(loop)
             measurements = [*boundary.measurements(), *requests.measurements()]
+            if keeper is not None:
+                measurements.append(metrics.NvmeMetrics(keeper.states))
             _register_and_report(command, use_cases, loops, measurements, running)
             return running.pop_all()
 

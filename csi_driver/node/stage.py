@@ -176,6 +176,10 @@ class Stage:
         if connection is not None and connection.nqn != context.nvme.nqn:
             self._end_earlier(volume, path, connection, deadline)
         try:
+            if connection is not None and connection.preempted and connection.nqn == context.nvme.nqn:
+                raise PreconditionFailed(
+                    f"volume {volume} was taken from this node ({connection.details}); detach it and attach it again"
+                )
             self.devices.connect(
                 volume.name, context.uuid, context.nvme, context.size_bytes, holder, options, deadline=deadline
             )
@@ -205,7 +209,13 @@ class Stage:
         is_last = {str(path)}.issuperset(connection.holders or ())
         if is_last and not connection.preempted and self._is_used(volume):
             return False
-        self.devices.disconnect(volume.name, str(path), deadline=deadline)
+        try:
+            in_time = deadline.at_most(_LOST_CLOSE_TIMEOUT_S) if connection.preempted else deadline
+            self.devices.disconnect(volume.name, str(path), deadline=in_time)
+        except StorageUnavailable as left:
+            if not connection.preempted:
+                raise
+            logger.warning("volume %s was taken from this node, and its device is still open: %s", volume, left)
         return True
 
     def _end_earlier(self, volume: NodeVolume, path: Path, connection: VolumeStatus, deadline: Deadline) -> None:

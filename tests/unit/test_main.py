@@ -26,6 +26,7 @@ from csi_driver import driver_version
 from csi_driver.deadline import Deadline
 from csi_driver.host import processes
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
+from csi_driver.settings import NVME_DIRECTORY, NodePaths
 from tests.documents import code, table, text_of
 from tests.fakes.kubelet import Kubelet
 
@@ -364,6 +365,15 @@ def test_the_node_loads_no_rest_client_and_no_web_framework() -> None:
         "csi_driver.controller.publish",
     }  # fmt: skip
     assert "csi_driver.node.stage" in loaded
+
+
+def test_a_node_that_connects_no_volumes_loads_no_connector_for_nvme() -> None:
+    node = imported_in("run_node", "_node_use_cases", "_node_zone", "_register_and_report")
+    loaded = loaded_by(START | {"csi_driver.config.csi_commands", "csi_driver.serving"} | node)
+    connector = {module for module in loaded if module.startswith("csi_driver.host.") and "nvme_" in module}
+    assert not connector | {"csi_driver.host.connectors.nvme"} & loaded
+    paths = NodePaths(nvme_directory=None)
+    assert (paths.nvme_registry("node-1") is not None) is NVME_DIRECTORY.is_dir()
 
 
 def test_the_controller_loads_no_web_framework_and_no_libc() -> None:

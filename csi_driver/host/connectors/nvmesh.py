@@ -292,7 +292,7 @@ class DeviceEvidence:
         if self.status is None or self.status.io_enabled is True:
             return None
         if self.status.holders is not None:
-            return f"volume {name} has no path to its storage: {self.status.details}"
+            return f"the connection of volume {name} carries no I/O: {self.status.details}"
         return f"the client has not enabled I/O for {name}: {self.status.details}"
 
     def write_refusal(self) -> str:
