@@ -237,7 +237,11 @@ def _register_and_report(
     measurements += metrics.node(use_cases.volume_counts.volumes, heavy.running_and_waiting, heavy.limit)
     for loop in loops:
         ready[loop.name] = loop.why_failing
-        if loop.name not in ("reconcile", "usage-records"):  # no restart frees a thread that waits for a disk
+        if loop.name not in (
+            "reconcile",
+            "usage-records",
+            "nvme-paths",
+        ):  # no restart frees a thread that waits for a disk
             healthy[loop.name] = loop.why_stuck
     if command.registration is not None:
         from csi_driver.rpc.registration import Registration

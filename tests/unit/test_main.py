@@ -195,12 +195,12 @@ def page(port: int, path: str) -> tuple[int, str]:
         connection.close()
 
 
-def documented_samples(port: int, role: str) -> dict[str, float]:
-    """Check that a role has exactly the metrics of docs/metrics.md, and return the samples by name and labels."""
+def documented_samples(port: int, *roles: str) -> dict[str, float]:
+    """Check that roles have exactly the metrics of docs/metrics.md, and return the samples by name and labels."""
     status, text = page(port, "/metrics")
     assert status == 200
     rows = {code(row["metric"])[0]: row for row in table(text_of("metrics.md"), "metric", "kind", "labels", "roles")}
-    explained = {name: row["kind"] for name, row in rows.items() if role in row["roles"].split(", ")}
+    explained = {name: row["kind"] for name, row in rows.items() if {*roles} & {*row["roles"].split(", ")}}
     assert dict(re.findall(r"(?m)^# TYPE (\S+) (\S+)$", text)) == explained
     for name, labels in re.findall(r"(?m)^([^#{ ]+)\{(.*)\} ", text):
         family = rows.get(name) or rows[re.sub("_(bucket|sum|count)$", "", name)]
@@ -233,6 +233,20 @@ def test_a_node_registers_itself_and_serves_health_pages(tmp_path_factory: pytes
     watched([*node_argv(directory), *flags], look)
     kubelet.visit()
     assert kubelet.nodes == {}
+
+
+def test_a_node_that_connects_volumes_itself_needs_no_storage_client(tmp_path: Path) -> None:
+    def look(port: int) -> None:
+        text = page(port, "/readyz")[1]
+        # This machine may have no NVMe host.
+        assert re.search("(?m)^storage: ok$|/dev/nvme-fabrics|multipath", text)
+        assert "nvme-paths: ok" in text
+        samples = documented_samples(port, "node", "node that uses NVMe/TCP")
+        assert samples["nvmesh_csi_nvme_orphans"] == 0
+
+    flags = ["--kubelet-registration-directory", str(tmp_path / "r"), "--nvme-directory", str(tmp_path / "nvme")]
+    (tmp_path / "r").mkdir()
+    watched([*node_argv(tmp_path), *flags], look)
 
 
 def test_a_controller_without_management_is_healthy(tmp_path: Path) -> None:
