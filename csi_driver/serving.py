@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from csi_driver.controller.features import ZoneFeatures
     from csi_driver.controller.ports import Clusters
     from csi_driver.host.connectors.nvme_paths import PathKeeper
+    from csi_driver.host.nvme_keys import NodeKeys
     from csi_driver.management.clusters import FileClusters, OneCluster
     from csi_driver.node.node_info import NodeZone
     from csi_driver.node.ports import Attachments
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from csi_driver.settings import ApiSettings, ControllerSettings
     from csi_driver.telemetry.pages import Check
 
-_PATHS_INTERVAL_S = 1.0
+_PATHS_INTERVAL_S, _KEY_INTERVAL_S = 1.0, 30.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -200,6 +201,8 @@ def _run_node(command: NodeCommand, reporter: Reporter) -> int:
         ]
         if keeper is not None:
             loops.append(Periodic("nvme-paths", keeper.keep, _PATHS_INTERVAL_S))
+            if keeper.volumes.keys is not None:
+                loops.append(Periodic("nvme-key", keeper.volumes.keys.register, _KEY_INTERVAL_S))
         with ExitStack() as running:
             for loop in loops:
                 running.enter_context(loop)
@@ -286,7 +289,18 @@ def _path_keeper(command: NodeCommand, node_id: Callable[[], str]) -> PathKeeper
     from csi_driver.host.connectors.nvme import NvmeVolumes
     from csi_driver.host.connectors.nvme_paths import PathKeeper
 
-    return PathKeeper(NvmeVolumes(cache(node_id), command.paths.device_directory, registry))
+    find_id = cache(node_id)
+    return PathKeeper(NvmeVolumes(find_id, command.paths.device_directory, registry, keys=_node_keys(command, find_id)))
+
+
+def _node_keys(command: NodeCommand, node_id: Callable[[], str]) -> NodeKeys | None:
+    paths = command.paths
+    if paths.nvme_join_token_file is None:
+        return None
+    from csi_driver.host.nvme_keys import NodeKeys, Registration
+
+    registration = Registration(paths.nvme_register_url, paths.nvme_join_token_file, paths.nvme_register_ca_file)
+    return NodeKeys(command.node.state_directory, registration, node_id)
 
 
 def _node_use_cases(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from csi_driver.deadline import Deadline
 from csi_driver.flags import (
@@ -252,6 +253,17 @@ DEVICE_DIRECTORY = Flag(
 STATUS_DIRECTORY = Flag(
     Path("/proc/nvmeibc"), "--status-directory", read_directory, "Directory with the storage client's status files."
 )
+
+
+@reader("URL")
+def read_register_url(value: str) -> str:
+    url = urlsplit(value)
+    is_here = url.hostname in ("127.0.0.1", "::1", "localhost")
+    if not url.hostname or (url.scheme != "https" and not (url.scheme == "http" and is_here)):
+        raise ValueError("https://HOST:PORT: the key must not cross a network in the clear")
+    return value
+
+
 NVME_DIRECTORY = Path("/run/nvmesh-csi/nvme")
 STATE_DIRECTORY = Flag(
     Path(),
@@ -336,6 +348,28 @@ class NodePaths:
         "Connect volumes that are exported over NVMe/TCP, and keep the records of the connections in this directory of"
         " the host. It must be empty after a reboot, and the same for all drivers of a node.",
         shown=f"{NVME_DIRECTORY}, if it exists; else no volume is connected",
+    )
+    nvme_register_url: str = flag(
+        "",
+        "--nvme-register-url",
+        read_register_url,
+        "URL of the embedded manager, as https://HOST:PORT, to register this node's key for NVMe/TCP. The key is made"
+        " once and kept in --state-directory; connections prove both ends by it.",
+        shown="no key, connections are not authenticated",
+    )
+    nvme_join_token_file: Path | None = flag(
+        None,
+        "--nvme-join-token-file",
+        read_file,
+        "File with the token that lets a node register its key, that of the manager's --join-token-file.",
+        shown="none",
+    )
+    nvme_register_ca_file: Path | None = flag(
+        None,
+        "--nvme-register-ca-file",
+        read_file,
+        "Certificate authorities, as PEM, for --nvme-register-url.",
+        shown="the system's",
     )
     storage_node: str = flag(
         "",

@@ -153,6 +153,8 @@ class NodeCommand(Command):
             given = ", ".join(name for name, each in flags.items() if name not in own and values.is_given(each))
             if given:
                 yield f"{given} requires --attach-by node: else the node attaches no volume itself"
+        if bool(self.paths.nvme_register_url) != (self.paths.nvme_join_token_file is not None):
+            yield "--nvme-register-url and --nvme-join-token-file must be given together"
         taint = bool(self.node_object.startup_taint)
         wanted = {"--node-label": self.node_object.label, "--startup-taint": taint, "--events": self.events}
         yield from _without_api(self.api, wanted)

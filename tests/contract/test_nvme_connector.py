@@ -22,9 +22,10 @@ from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.nvme import NvmeVolumes, Refused
 from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM
+from csi_driver.host.nvme_keys import NodeKeys, Registration
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.host_model import DeviceNumber, TargetExport, VolumeStatus
-from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, subsystem_nqn
+from csi_driver.host_model import DeviceNumber, HostKeys, TargetExport, VolumeStatus
+from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, new_dhchap_key, subsystem_nqn
 from tests.fakes.nvme_host_kernel import HostKernel
 from tests.fakes.nvme_kernel import NvmeKernel
 
@@ -632,3 +633,49 @@ def removal_s(machine: Machine, export: TargetExport) -> str:
     subsystem = machine.volumes.subsystem(export.nqn)
     assert subsystem is not None
     return machine.volumes.sysfs.of_head(subsystem.name, subsystem.heads[0].name, "delayed_removal_secs")
+
+
+# --- authentication ---
+
+
+class Registered(NodeKeys):
+    """Keys of a node that another test has registered."""
+
+    def __init__(self, directory: Path, keys: HostKeys) -> None:
+        super().__init__(directory, Registration("https://localhost", directory / "token"), lambda: NODE)
+        self._keys = keys
+
+
+def authenticated(machine: Machine, volume: str, at_target: HostKeys, at_node: HostKeys) -> TargetExport:
+    export = machine.export(volume)
+    machine.target.apply(export, {host_nqn(NODE): at_target})
+    machine.volumes.keys = Registered(machine.directory, at_node)
+    return export
+
+
+def test_a_node_connects_with_its_key(machine: Machine, volume: str) -> None:
+    keys = HostKeys(new_dhchap_key(), new_dhchap_key())
+    machine.connect(authenticated(machine, volume, keys, keys))
+    assert machine.io_enabled()
+
+
+def test_a_node_with_another_key_is_not_let_in_and_registers_its_key_again(machine: Machine, volume: str) -> None:
+    right = HostKeys(new_dhchap_key(), new_dhchap_key())
+    export = authenticated(machine, volume, right, HostKeys(new_dhchap_key(), right.controller))
+    keys = machine.volumes.keys
+    assert keys is not None
+    keys._is_registered = True
+    with pytest.raises(StorageUnavailable, match="does not accept the key") as raised:
+        machine.connect(export)
+    assert "DHHC-1" not in f"{raised.value!r} {raised.value.__cause__!r}"
+    assert not keys._is_registered
+    assert not machine.status().preempted
+
+
+def test_a_node_without_a_key_is_not_let_in_where_one_is_required(machine: Machine, volume: str) -> None:
+    keys = HostKeys(new_dhchap_key(), new_dhchap_key())
+    export = authenticated(machine, volume, keys, keys)
+    machine.volumes.keys = None
+    with pytest.raises(StorageUnavailable, match="does not accept the key"):
+        machine.connect(export)
+    assert not machine.node.exists()

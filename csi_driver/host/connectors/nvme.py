@@ -32,6 +32,7 @@ from csi_driver.errors import (
 from csi_driver.host import block_devices
 from csi_driver.host.connectors.nvme_records import Connection, Records
 from csi_driver.host.nvme_host import ENDING, HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
+from csi_driver.host.nvme_keys import NodeKeys
 from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import ConnectOptions, DeviceNumber, NvmeOrphan, VolumeStatus
 from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, split_path
@@ -68,7 +69,7 @@ class NvmeVolumes:
         device_root: Path = Path("/dev/nvmesh"),
         registry: Path = Path("/run/nvmesh-csi/nvme"),
         *,
-        keys: Callable[[], tuple[str, str]] = lambda: ("", ""),
+        keys: NodeKeys | None = None,
         fabrics: Fabrics | None = None,
         sysfs: Sysfs | None = None,
         clock: Clock = SYSTEM_CLOCK,
@@ -76,7 +77,7 @@ class NvmeVolumes:
         self.node_id = node_id
         self._device_root = device_root
         self.records = Records(registry)
-        self._keys = keys
+        self.keys = keys
         self.fabrics = fabrics or Fabrics()
         self.sysfs = sysfs or Sysfs()
         self.clock = clock
@@ -183,9 +184,12 @@ class NvmeVolumes:
             if failure.errno in _ALREADY_CONNECTED:
                 return
             if failure.errno in _KEY_FAILURES:
-                raise PreconditionFailed(
+                if self.keys is not None:
+                    self.keys.rejected()
+                raise StorageUnavailable(
                     f"connect {about}: the target does not accept the key of this node, or has not proven its own "
-                    f"({os.strerror(failure.errno)}); register the node again"
+                    f"({os.strerror(failure.errno)}); the node registers its key again where --nvme-register-url is "
+                    "set, and a retry continues"
                 ) from failure
             if self.is_refused(wanted, path):
                 raise Refused(
@@ -205,7 +209,7 @@ class NvmeVolumes:
             self._options = self.fabrics.options()
         node_id, (address, port) = self.node_id(), split_path(path)
         asked = wanted.options
-        secret, target_secret = self._keys()
+        keys = self.keys.get() if self.keys is not None else None
         options = {
             "transport": "tcp",
             "traddr": address,
@@ -220,10 +224,10 @@ class NvmeVolumes:
             "ctrl_loss_tmo": str(asked.io_timeout_s or IO_TIMEOUT_S),
         }
         known = {key: text for key, text in options.items() if key in self._options}
-        if secret:
-            known["dhchap_secret"] = secret  # a kernel that cannot authenticate must refuse, never connect without
-        if target_secret:
-            known["dhchap_ctrl_secret"] = target_secret
+        if keys is not None:
+            known["dhchap_secret"] = keys.host  # a kernel that cannot authenticate must refuse, never connect without
+            if keys.controller:
+                known["dhchap_ctrl_secret"] = keys.controller
         return known
 
     # --- device ----------------------------------------------------------------------------------------------------
