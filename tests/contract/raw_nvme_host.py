@@ -17,6 +17,7 @@ from typing import Self
 _IC_REQUEST, _COMMAND, _RESPONSE, _DATA = 0, 4, 5, 7
 _HEADER = struct.Struct("<BBBBI")
 _FABRICS, _CONNECT, _PROPERTY_SET = 0x7F, 1, 0
+_IDENTIFY, _OF_CONTROLLER = 6, 1
 _WRITE, _READ = 1, 2
 _INLINE, _TRANSPORT = 0x01, 0x5A
 _CONFIGURATION, _ENABLED = 0x14, 0x460001  # CC.EN, entries of 64 and 16 bytes
@@ -91,6 +92,8 @@ class RawHost:
             controller = self._connect(self.admin, 0, _ANY_CONTROLLER)
             enable = struct.pack("<IIQ", 0, _CONFIGURATION, _ENABLED)
             self._expect(self.admin.ask(_command(_FABRICS, bytes([_PROPERTY_SET]), enable)))
+            identify = struct.pack("<I", _OF_CONTROLLER)
+            self._expect(self.admin.ask(_command(_IDENTIFY, b"", identify, length=4096, is_inline=False)))
             self.io = Queue(address, port, timeout_s)
             self._connect(self.io, 1, controller)
         except BaseException:

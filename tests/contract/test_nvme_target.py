@@ -6,12 +6,14 @@ The same claims on the fake, and on the kernel in a guest (NVMESH_CSI_VM=1).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import os
 import subprocess
 import threading
 import uuid
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +31,8 @@ from tests.fakes.nvme_kernel import Controller, NvmeKernel
 MIB = 1 << 20
 HAS_KERNEL = bool(os.environ.get("NVMESH_CSI_VM"))
 ONE, OTHER, THIRD = (host_nqn(name) for name in ("node-1", "node-2", "node-3"))
-KEY = "DHHC-1:00:" + "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDG1t7gP" + ":"
+_SECRET = bytes(range(32))
+KEY = f"DHHC-1:00:{base64.b64encode(_SECRET + zlib.crc32(_SECRET).to_bytes(4, 'little')).decode()}:"
 
 
 class Host(Protocol):
