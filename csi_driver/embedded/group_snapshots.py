@@ -11,7 +11,7 @@ Locks: the group's name, the names of the members, the uuids of their volumes, e
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -48,6 +48,8 @@ class GroupSnapshots:
     locks: VolumeLocks
     snapshots: Snapshots
     worker: Worker
+    exports_of: Callable[[str], Collection[str]] = lambda identity: ()
+    """Gives the NQNs by which hosts write to the file of a volume, while its lock is held."""
 
     @property
     def why_none(self) -> str:
@@ -119,7 +121,8 @@ class GroupSnapshots:
 
     def _cut(self, freezes: Freezes, begun: list[Snapshot], extents: Mapping[str, int]) -> list[Snapshot]:
         files = [self.pool.file(each.volume_uuid) for each in begun]
-        with freezes.held(files, limit_s=self.freeze_limit_s) as end:
+        exports = [nqn for each in begun for nqn in self.exports_of(each.volume_uuid)]
+        with freezes.held(files, exports, limit_s=self.freeze_limit_s) as end:
             created = now()
             for each in begun:
                 self.snapshots.share(each)

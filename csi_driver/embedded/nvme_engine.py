@@ -202,6 +202,11 @@ class NvmeEngine:
     def holders(self, identity: str) -> Iterable[str]:
         return list(self._of_volume.get(identity, ()))
 
+    def nqns(self, identity: str) -> list[str]:
+        """Return the exports by which hosts may write to the volume's own file."""
+        found = (self._exports[client, identity].target for client in self.holders(identity))
+        return [target.nqn for target in found if target.hosts and not self._is_private(target)]
+
     def hold(self, client: str, identity: str) -> Hold | None:
         found = self._exports.get((client, identity))
         if found is None:

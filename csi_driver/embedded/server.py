@@ -132,6 +132,7 @@ class StorageServer:
         self.attacher = attacher = Attacher(store, pool, volumes, self.clients, engines, locks, worker)
         self.checks = [Periodic("storage-look", attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)]
         if exports is not None:
+            self.groups.exports_of = exports.nqns
             self.checks.append(Periodic("storage-exports", lambda: attacher.look(exports), _EXPORT_INTERVAL_S))
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.reclaims = SpaceReclaims(settings, store, pool, locks, volumes, self._sparse_files)

@@ -374,9 +374,12 @@ class SparseFiles(Protocol):
 class Freezes(Protocol):
     """Holds the writes to files of the pool."""
 
-    def held(self, files: Sequence[Path], *, limit_s: float) -> AbstractContextManager[Callable[[], None]]:
+    def held(
+        self, files: Sequence[Path], exports: Sequence[str] = ..., *, limit_s: float
+    ) -> AbstractContextManager[Callable[[], None]]:
         """Hold the writes to the files for `limit_s` at most; give the function that ends this and verifies it.
 
+        `exports`: NQNs of the subsystems by which hosts write to the files.
         Copies made until it is called are of one moment, unless it raises NotFreezable. Raises NotFreezable at once
         where a file's device is in use and cannot be frozen.
         """

@@ -5,6 +5,10 @@ The mounted filesystems on the volumes' loop devices are frozen by a separate pr
 failure (`freeze_guard`). The proof that nothing was written is the kernel's: a loop device counts the bytes of all
 requests that change its file, and the counts before and after must be equal. That also holds for devices that
 are not frozen: an unused one, and one that is mounted or opened meanwhile.
+
+Of volumes that are exported over NVMe/TCP the namespaces are held: in an ANA group without access the I/O of the hosts
+waits. Requests that the target has begun before may end later. A write that depends on one of them begins only after
+its end, and then waits, so that no copy has it.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ _BTRFS = Path("/sys/fs/btrfs")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PREFIX = "frozen."
 _MOST_RECORD_BYTES = 1 << 20
+_TARGET = Path("/sys/kernel/config/nvmet")
+_EXPORT_LIMIT_S = 5.0
+"""The most time for which hosts' I/O waits."""
 _GRACE_S = 2.0
 """For the end of a guard after its thaw."""
 
@@ -56,22 +63,30 @@ class Freezer:
 
     directory: Path
     loops: LoopDevices = field(default_factory=LoopDevices)
+    target: Path = _TARGET
 
     @contextlib.contextmanager
-    def held(self, files: Sequence[Path], *, limit_s: float) -> Iterator[Callable[[], None]]:
+    def held(
+        self, files: Sequence[Path], exports: Sequence[str] = (), *, limit_s: float
+    ) -> Iterator[Callable[[], None]]:
         """Hold the writes to the files for `limit_s` at most; give the function that ends this and verifies it.
+
+        `exports`: NQNs of the subsystems by which hosts write to the files.
 
         Copies made until it is called are of one moment, unless it raises NotFreezable: a file was written meanwhile,
         or the time was up. Raises NotFreezable at once where a file's device is in use and cannot be frozen.
         """
         devices = self._devices(files)
-        mounted = _mounted_on(devices)
-        with self._guarded(mounted, limit_s) as thaw:
+        mounted, groups = _mounted_on(devices), self._groups(exports)
+        with self._guarded(mounted, groups, min(limit_s, _EXPORT_LIMIT_S) if groups else limit_s) as thaw:
             before = self._changes(devices)
 
             def end() -> None:
                 after = self._changes(self._devices(files))
+                released = [group for group in groups if read_text(Path(group)) != freeze_guard.HELD_GROUP]
                 thaw()
+                if released:
+                    raise NotFreezable(f"another program has written {', '.join(released)} meanwhile; retry")
                 if after != before:
                     changed = sorted(
                         name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
@@ -101,14 +116,21 @@ class Freezer:
             f"loop{number} {device.label}": self.loops.changed_sectors(device) for number, device in devices.items()
         }
 
+    def _groups(self, exports: Sequence[str]) -> list[str]:
+        """Return the files with the ANA groups of exports; one that has no namespace now lets nobody write."""
+        paths = (self.target / "subsystems" / nqn / "namespaces/1/ana_grpid" for nqn in exports)
+        return [str(path) for path in paths if path.exists()]
+
     @contextlib.contextmanager
-    def _guarded(self, mounted: Sequence[_Mounted], limit_s: float) -> Iterator[Callable[[], None]]:
-        if not mounted:
+    def _guarded(
+        self, mounted: Sequence[_Mounted], groups: Sequence[str], limit_s: float
+    ) -> Iterator[Callable[[], None]]:
+        if not (mounted or groups):
             yield lambda: None
             return
         path = self.directory / f"{_PREFIX}{uuid.uuid4()}"
-        with closing(self._record(path, mounted)) as record:
-            guard = _Guard.start(mounted, _places(record), record, limit_s, os.stat(self.directory).st_dev)
+        with closing(self._record(path, mounted, groups)) as record:
+            guard = _Guard.start(mounted, groups, _places(record), record, limit_s, os.stat(self.directory).st_dev)
             try:
                 guard.freeze()
                 yield guard.thaw
@@ -116,10 +138,10 @@ class Freezer:
                 if guard.end():
                     self._finish(path, record)
 
-    def _record(self, path: Path, mounted: Sequence[_Mounted]) -> int:
+    def _record(self, path: Path, mounted: Sequence[_Mounted], groups: Sequence[str]) -> int:
         """Record on disk what will be frozen; return the open record with its lock, which the guard inherits."""
         known = [{"device": str(each.number), "sequence": _sequence(each.number)} for each in mounted]
-        text = json.dumps({"boot": _boot_id(), "filesystems": known}).encode()
+        text = json.dumps({"boot": _boot_id(), "filesystems": known, "namespaces": groups}).encode()
         fd = open_file(self.directory, os.O_TMPFILE | os.O_RDWR)
         try:
             with system_call(f"write {path}"):
@@ -144,12 +166,14 @@ class Freezer:
 
     def _finish(self, path: Path, record: int) -> bool:
         """Thaw the filesystems of a guard's record, and remove the record; the caller has its lock."""
+        for group in _held_groups(record):
+            freeze_guard.Namespace(group).thaw()
         left = _left(record)
         paths = _paths(left.values())
         if paths:
             _log.warning("a freeze was not ended: %s are thawed", ", ".join(map(str, paths)))
             places = {place: _Mounted(number, paths[number]) for place, number in left.items() if number in paths}
-            guard = _Guard.start(list(places.values()), list(places), record, 0.0, 0)
+            guard = _Guard.start(list(places.values()), (), list(places), record, 0.0, 0)
             guard.wait(_GRACE_S)
             guard.end()
         if still := _left(record):
@@ -172,6 +196,13 @@ def _places(record: int) -> list[int]:
     """Return the offset of each filesystem's state in the record."""
     head, _, states = os.pread(record, _MOST_RECORD_BYTES, 0).partition(b"\n")
     return [len(head) + 1 + number for number in range(len(states))]
+
+
+def _held_groups(record: int) -> list[str]:
+    """Return the files of a record whose namespaces are held."""
+    head = os.pread(record, _MOST_RECORD_BYTES, 0).partition(b"\n")[0]
+    known = json.loads(head).get("namespaces", []) if _boot_id().encode() in head else []
+    return [group for group in known if read_text(Path(group)) == freeze_guard.HELD_GROUP]
 
 
 def _left(record: int) -> dict[int, DeviceNumber]:
@@ -202,14 +233,21 @@ class _Guard:
 
     @classmethod
     def start(
-        cls, mounted: Sequence[_Mounted], places: Sequence[int], record: int, limit_s: float, pool: int
+        cls,
+        mounted: Sequence[_Mounted],
+        groups: Sequence[str],
+        places: Sequence[int],
+        record: int,
+        limit_s: float,
+        pool: int,
     ) -> _Guard:
         """Start it; `pool`: the filesystem of the pool (st_dev), which must never be frozen."""
         known = [
             {"device": str(each.number), "paths": each.paths, "place": place}
             for each, place in zip(mounted, places, strict=True)
         ]
-        asked = json.dumps({"filesystems": known, "limit_s": limit_s, "excluded": pool}).encode() + b"\n"
+        wanted = {"filesystems": known, "namespaces": groups, "limit_s": limit_s, "excluded": pool}
+        asked = json.dumps(wanted).encode() + b"\n"
         with system_call("start the freeze guard"), contextlib.ExitStack() as ours:
             theirs, commands = os.pipe()
             ours.callback(os.close, commands)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Freezes filesystems, and thaws them also after a failure. A separate program: `freeze` starts and commands it.
+"""Freezes filesystems and exported namespaces, and thaws them also after a failure. A separate program.
+
+`freeze` starts and commands it.
 
 It needs nothing of this package, so that it starts in a moment. Commands are lines on standard input, the first one a
 JSON object; reports are lines on standard output. It thaws on command, when its time is up, and when standard input
@@ -33,6 +35,9 @@ PREPARE_S = 15.0
 NOT_BEGUN, BEGUN, FROZEN, OVER = b".", b"?", b"F", b"-"
 READY, ALL_FROZEN, THAWED, FAILED = "ready", "frozen", "thawed", "failed "
 FREEZE_COMMAND, THAW_COMMAND = b"freeze\n", b"thaw\n"
+
+HELD_GROUP, USED_GROUP = "128", "1"
+"""ANA groups of a namespace: the kernel's target lets hosts use the first one only. In others their I/O waits."""
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # include/uapi/linux/fs.h
 _BTRFS_IOC_FS_INFO = 0x8400941F
@@ -94,6 +99,27 @@ class Filesystem:
         self.mark(OVER)
 
 
+class Namespace:
+    """A namespace of the kernel's NVMe target; `path`: of the file with its ANA group, which is its whole state."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.is_frozen = False
+
+    def mark(self, state: bytes) -> None: ...
+
+    def freeze(self) -> None:
+        self._put(HELD_GROUP)
+
+    def thaw(self) -> None:
+        with contextlib.suppress(FileNotFoundError):  # the export has ended
+            self._put(USED_GROUP)
+
+    def _put(self, group: str) -> None:
+        with open(self.path, "w") as file:
+            file.write(group)
+
+
 def devices_of(fd: int) -> set[str]:
     """Return the devices of the filesystem of an open file; the number of a btrfs itself is anonymous."""
     number = os.fstat(fd).st_dev
@@ -117,6 +143,8 @@ class Guard:
         self.limit_s: float = asked["limit_s"]
         self._excluded: int = asked["excluded"]
         self.filesystems = list(map(Filesystem, asked["filesystems"]))
+        # They come last: a filesystem may take a while.
+        self._all: list[Filesystem | Namespace] = [*self.filesystems, *map(Namespace, asked["namespaces"])]
         self._changing = threading.Lock()
         self._ending = threading.Event()
 
@@ -130,7 +158,7 @@ class Guard:
         report(READY)
 
     def freeze(self) -> None:
-        for each in self.filesystems:
+        for each in self._all:
             with self._changing:
                 if self._ending.is_set():
                     return
@@ -148,7 +176,7 @@ class Guard:
         """Thaw all, each in a thread: a hanging device delays no other."""
         with self._changing:
             self._ending.set()
-            frozen = [each for each in self.filesystems if each.is_frozen]
+            frozen = [each for each in self._all if each.is_frozen]
         threads = [start(each.thaw) for each in reversed(frozen)]
         for thread in threads:
             thread.join()

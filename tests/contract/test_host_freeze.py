@@ -269,7 +269,7 @@ def test_a_filesystem_that_does_not_answer_holds_up_nothing(machine: Machine) ->
     try:
         refused = pytest.raises(NotFreezable, match="did not answer")
         mounted = [_Mounted(number_of(machine.device(name)), (str(place),)) for name, place in places.items()]
-        with refused, machine.freezer()._guarded(mounted, 1.0):
+        with refused, machine.freezer()._guarded(mounted, [], 1.0):
             pass
         assert not is_frozen(places["a"])
         assert len(machine.records()) == 1

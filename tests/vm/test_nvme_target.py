@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
+import struct
 import threading
 import uuid
 from collections.abc import Iterator
@@ -16,11 +18,13 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.host.connectors.nvme import NvmeVolumes
+from csi_driver.host.freeze import Freezer
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.host_model import TargetExport
 from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
 from tests.contract.host_machine import shell
 from tests.contract.raw_nvme_host import BLOCK_BYTES, RawHost, block, in_file
+from tests.reflink_pool import mounted
 
 pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
 
@@ -28,6 +32,7 @@ MIB = 1 << 20
 NODE = "node-1"
 ONE, OTHER = host_nqn(NODE), host_nqn("node-2")
 SLOW_MS = 3000
+FICLONE = 0x40049409
 
 
 @dataclass
@@ -47,6 +52,11 @@ class Machine:
             os.fsync(made.fileno())
         nqn = subsystem_nqn(self.pool, volume, "1")
         return self.target.apply(TargetExport(nqn, volume, file, next(self.numbers), ("127.0.0.1",), frozenset(hosts)))
+
+    def close(self) -> None:
+        """Disconnect the hosts and withdraw the exports."""
+        self.stack.close()
+        withdraw_all(self.target, self.pool)
 
     def raw(self, export: TargetExport, host: str) -> RawHost:
         return self.stack.enter_context(RawHost("127.0.0.1", export.port, export.nqn, host))
@@ -70,8 +80,8 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     assert volumes.why_not() == ""
     with contextlib.ExitStack() as stack:
         made = Machine(tmp_path, target, volumes, stack)
-        stack.callback(withdraw_all, target, made.pool)
         yield made
+        made.close()
 
 
 def withdraw_all(target: NvmeTarget, pool: str) -> None:
@@ -229,3 +239,48 @@ def test_a_volume_grows_under_its_host(machine: Machine, tmp_path: Path) -> None
             os.close(fd)
 
     assert Deadline.after(60).wait_until(lambda: size_bytes() == 16 * MIB)
+
+
+# --- snapshots of several exports ---
+
+
+def copies(machine: Machine, exports: list[TargetExport], directory: Path) -> list[int]:
+    """Copy the exported files while the exports are held; return the numbers in their first blocks."""
+    numbers = []
+    with Freezer(directory).held([each.file for each in exports], [each.nqn for each in exports], limit_s=5.0) as end:
+        for each in exports:
+            with each.file.open("rb") as source, (directory / "copy").open("wb+") as target:
+                fcntl.ioctl(target.fileno(), FICLONE, source.fileno())
+                target.seek(0)
+                numbers.append(struct.unpack("<Q", target.read(8))[0])
+        end()
+    return numbers
+
+
+def test_no_cut_of_exports_has_a_write_without_the_one_that_it_depends_on(machine: Machine, tmp_path: Path) -> None:
+    """And the writer, by the kernel's own host, only waits."""
+    with mounted(tmp_path) as pool:
+        exports = [machine.export(pool, ONE) for _ in range(3)]
+        writer = Writer(*(machine.device(each) for each in exports))
+        try:
+            for _ in range(8):
+                writer.goes_on()
+                numbers = copies(machine, exports, pool)
+                assert numbers == sorted(numbers, reverse=True)
+                assert numbers[0] - numbers[-1] <= 1
+            writer.goes_on()
+        finally:
+            writer.end()
+            machine.close()
+
+
+def test_held_exports_take_no_write(machine: Machine, tmp_path: Path) -> None:
+    export = machine.export(tmp_path, ONE, OTHER)
+    writer, other = Writer(machine.device(export)), machine.raw(export, OTHER)
+    with Freezer(tmp_path).held([export.file], [export.nqn], limit_s=5.0) as end:
+        with pytest.raises(OSError, match="status 0x"):
+            other.write(BLOCK_BYTES, block(9))
+        assert in_file(export.file, BLOCK_BYTES) == 0
+        end()
+    writer.goes_on()
+    writer.end()

@@ -22,12 +22,16 @@ class FakeFreezes:
     written: bool = False
     """Whether a file is written while writes are held."""
     held_ever: list[list[str]] = field(default_factory=list)
+    exports_ever: list[list[str]] = field(default_factory=list)
 
     @contextmanager
-    def held(self, files: Sequence[Path], *, limit_s: float) -> Iterator[Callable[[], None]]:
+    def held(
+        self, files: Sequence[Path], exports: Sequence[str] = (), *, limit_s: float
+    ) -> Iterator[Callable[[], None]]:
         if self.refuses:
             raise NotFreezable(self.refuses)
         self.held_ever.append([file.name for file in files])
+        self.exports_ever.append(list(exports))
         self.frozen |= set(files)
 
         def end() -> None:

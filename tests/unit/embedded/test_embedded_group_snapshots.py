@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.host.nvme_target import NvmeTarget
+from tests.fakes.nvme_kernel import NvmeKernel
 from tests.unit.embedded.fake_freezes import FakeFreezes
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_reflinks import FakeReflinks
@@ -61,6 +63,23 @@ def test_the_members_of_a_group_are_snapshots_of_one_moment(manager: Manager, fr
     assert [member["sourceMetadata"] for member in group["snapshots"]] == [{"of": "a"}, {"of": "b"}]
     assert manager.snapshot("snap-a")["group"] == {"_id": "group", "uuid": group["uuid"]}
     assert freezes.held_ever == [[f"{manager.uuid(volume)}.img" for volume in ("a", "b")]]
+
+
+def test_the_exports_of_the_members_are_held(
+    tmp_path: Path, loops: FakeLoopDevices, reflinks: FakeReflinks, freezes: FakeFreezes
+) -> None:
+    """Of those that a host can write by: neither that of another volume, nor a reader's of a copy."""
+    kernel = NvmeKernel()
+    settings = settings_in(tmp_path, export="nvme-tcp", export_addresses=("127.0.0.1",))
+    target = NvmeTarget(kernel.configfs, kernel.connections)
+    with running(settings, loops, None, reflinks, freezes, None, target) as manager:
+        for volume in ("a", "b", "c"):
+            manager.save(volume)
+        for volume, node in (("a", "node-a"), ("a", "node-b"), ("c", "node-a")):
+            manager.attach(volume, node, mode="SHARED_READ_WRITE")
+        assert manager.cut_group("group", MEMBERS)["success"]
+        nqns = sorted(manager.report("a", node)["export"]["nqn"] for node in ("node-a", "node-b"))
+    assert [sorted(each) for each in freezes.exports_ever] == [nqns]
 
 
 def test_the_feature_is_shown(manager: Manager) -> None:
