@@ -16,7 +16,9 @@ CHART_TESTS := tests/unit/chart
 QUICK_TESTS := tests/unit tests/property
 MACHINE_TESTS := tests/contract tests/sanity tests/browser tests/integration
 CLUSTER := tests/kubernetes/cluster
-VM_TESTS := tests/contract/test_host_encryption.py tests/contract/test_host_freeze.py::test_a_filesystem_over_the_device_mapper_is_frozen tests/vm
+VM_TESTS := tests/contract/test_host_encryption.py tests/contract/test_host_freeze.py::test_a_filesystem_over_the_device_mapper_is_frozen \
+	tests/contract/test_nvme_target.py tests/contract/test_nvme_connector.py tests/vm
+FAILOVER_TESTS := tests/vm/test_nvme_failover.py
 IMAGE ?= nvmesh-csi:dev
 
 SANITY_VERSION := v5.6.0
@@ -64,10 +66,17 @@ else
 endif
 
 .PHONY: test-vm
-test-vm: $(VENV)/test ## as root: encrypted and lost devices in an emulated machine (30 min / 25 min)
+test-vm: $(VENV)/test ## as root: encryption, lost devices and NVMe/TCP in one emulated machine, then failover (45 min / 40 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
-	@echo '== pytest in the guest'
-	@tests/vm/run $(CACHE)/vm $(or $(PYTEST_ARGS),$(VM_TESTS))
+	@echo '== pytest in the guest: $(or $(PYTEST_ARGS),$(VM_TESTS))'
+	@tests/vm/run $(CACHE)/vm -v $(or $(PYTEST_ARGS),$(VM_TESTS))
+	@[ -n "$(PYTEST_ARGS)" ] || $(MAKE) --no-print-directory test-failover
+
+.PHONY: test-failover
+test-failover: $(VENV)/test ## as root: NVMe/TCP between three emulated machines that die and lose cables (15 min / 10 min)
+	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
+	@echo '== pytest with three guests: $(or $(PYTEST_ARGS),$(FAILOVER_TESTS))'
+	@tests/vm/run-machines $(CACHE)/vm $(BIN)/python -v -s $(or $(PYTEST_ARGS),$(FAILOVER_TESTS))
 
 .PHONY: cluster-up
 cluster-up: $(VENV)/test ## as root: a Kubernetes cluster on this machine with the driver in it (12 min / 1 min)

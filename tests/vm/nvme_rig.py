@@ -77,21 +77,21 @@ class NvmeRig(Rig):
 
     def await_ready(self, role: str) -> None:
         """Wait until a role serves; fail as soon as it has ended."""
-
-        def is_ready() -> bool:
-            status = self._roles[role].poll()
-            assert status is None, f"{role} has ended with status {status}: {self.log_of(role).read_text()[-4000:]}"
-            return self._answers(role)
-
-        wait_for(is_ready, f"{role} to be ready")
-
-    def _answers(self, role: str) -> bool:
         if role == "storage":
-            with contextlib.suppress(requests.RequestException):
-                return requests.get(f"{self.url}/login", timeout=30).status_code < 500
-            return False
-        client = self.controller if role == "controller" else self.node
-        return client.wait_ready(Deadline.after(1.0)) is None
+            wait_for(lambda: self._has_ended(role) or self._manager_responds(), f"{role} to be ready")
+        else:
+            client = self.controller if role == "controller" else self.node
+            reason = client.wait_ready(Deadline.after(START_TIMEOUT_S), give_up=lambda: self._has_ended(role))
+            assert reason is None, f"{reason}\n{self.logs()}"
+        assert not self._has_ended(role), self.log_of(role).read_text()[-4000:]
+
+    def _has_ended(self, role: str) -> bool:
+        return self._roles[role].poll() is not None
+
+    def _manager_responds(self) -> bool:
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"{self.url}/login", timeout=60).status_code < 500
+        return False
 
     def pid(self, role: str) -> int:
         return self._roles[role].pid
