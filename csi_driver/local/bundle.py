@@ -45,7 +45,6 @@ _PATTERNS = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), REDACTED),
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s]+@"), rf"\1{REDACTED}@"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]+"), rf"\1 {REDACTED}"),
-    (re.compile(r"\bDHHC-1:[\w:+/=-]+"), REDACTED),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*"), REDACTED),
     (_NVME_KEY, REDACTED),
 )

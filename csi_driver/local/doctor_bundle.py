@@ -49,6 +49,8 @@ def secrets_of(roles: Sequence[RunningRole]) -> dict[str, str]:
             elif name in ("--pool", "--directory"):
                 files |= {Path(value) / "password", Path(value) / "pool" / "password"}
                 files |= {*_files_in(Path(value) / "keys")}
+            elif name == "--state-directory":
+                files.add(Path(value) / "nvme-keys.json")
         found |= {
             f"variable {key}": text for key, text in role.environ.items() if _SECRET_VARIABLE.search(key) and text
         }

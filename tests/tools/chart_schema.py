@@ -64,6 +64,9 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
         "--kubelet-registration-directory": "kubeletDirectory",
         "--nvme-directory": "storage.nvme.enabled",
         "--storage-node": "storage.nodeName",
+        "--nvme-register-url": "storage.nvme.authentication.enabled",
+        "--nvme-join-token-file": "storage.nvme.authentication.existingSecret",
+        "--nvme-register-ca-file": "storage.tls.caKey",
         "--node-label": "node.nodeLabel",
         "--startup-taint": "node.startupTaint",
     },
@@ -83,6 +86,8 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
         "--export": "storage.nvme.enabled",
         "--export-address": "storage.nvme.addresses",
         "--export-ports": "storage.nvme.ports",
+        "--auth": "storage.nvme.authentication.required",
+        "--join-token-file": "storage.nvme.authentication.existingSecret",
         "--http-listen": "storage.http",
     },
 }

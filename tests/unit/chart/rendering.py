@@ -24,6 +24,7 @@ EXPORTED = (
     "storage.nvme.enabled=true",
     "storage.nvme.addresses={10.1.0.1,fd00::1}",
 )
+AUTHENTICATED = (*EXPORTED, "storage.nvme.authentication.enabled=true", "storage.tls.existingSecret=tls")
 SNAPSHOTS = "snapshots.enabled=true"
 Manifest = dict[str, Any]
 

@@ -17,7 +17,7 @@ from csi_driver.config import parse
 from csi_driver.embedded.settings import read_client, read_factor
 from csi_driver.flags import Flag
 from tests.tools.chart_schema import OWN_VALUES, flags_of, value_name
-from tests.unit.chart.rendering import EMBEDDED, EXPORTED, NVMESH, Manifest, Rendered, helm, render
+from tests.unit.chart.rendering import AUTHENTICATED, EMBEDDED, EXPORTED, NVMESH, Manifest, Rendered, helm, render
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
 
@@ -95,9 +95,7 @@ def by_name(role: str) -> dict[str, str]:
 def engine(role: str) -> tuple[str, ...]:
     """Return the values that render a role with all of its flags."""
     attaching = ("attachBy=node",) if role == "node" else ()
-    # A join token crosses the network under TLS alone.
-    other = f"{role}.terminationGracePeriodSeconds=3600" if role != "storage" else "storage.tls.existingSecret=t"
-    return (*ENGINES[role], *attaching, other)
+    return (*ENGINES[role], *attaching, f"{role}.terminationGracePeriodSeconds=3600")
 
 
 @pytest.mark.parametrize("role", CONTAINERS)
@@ -190,6 +188,14 @@ CASES: Mapping[str, Sequence[Case]] = {
         Case((*NVMESH, "node.deviceDirectory=/d"), {"--device-directory": ["/d"]}),
         Case((*NVMESH, "node.statusDirectory=/t"), {"--status-directory": ["/t"]}),
         Case(EXPORTED, {"--nvme-directory": ["/run/nvmesh-csi/nvme"], "--storage-node": ["box"]}),
+        Case(
+            (*AUTHENTICATED, "storage.nvme.authentication.tokenKey=k", "storage.tls.caKey=authorities"),
+            {"--nvme-register-url": ["https://nvmesh-csi-storage.nvmesh-csi.svc:4000"]},
+            files={
+                "--nvme-join-token-file": ("nvmesh-csi-nvme-join", "k"),
+                "--nvme-register-ca-file": ("tls", "authorities"),
+            },
+        ),
         Case((*NVMESH, "node.nodeLabel=true"), {"--node-label": ["true"]}),
         Case(
             (*NVMESH, "node.startupTaint.enabled=true", "node.startupTaint.key=example.com/soon"),
@@ -221,6 +227,11 @@ CASES: Mapping[str, Sequence[Case]] = {
                 "--export-address": ["10.1.0.1", "fd00::1"],
                 "--export-ports": ["24000-24999"],
             },
+        ),
+        Case(
+            (*AUTHENTICATED, "storage.nvme.authentication.existingSecret=mine"),
+            {"--auth": ["required"]},
+            files={"--join-token-file": ("mine", "token")},
         ),
         Case((*EMBEDDED, "storage.http.host=10.0.0.1", "storage.http.port=99"), {"--http-listen": ["10.0.0.1:99"]}),
     ),

@@ -115,6 +115,10 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         ((*EXPORTED, "storage.poolDirectory="), "storage.poolDirectory is empty: name a directory that exists"),
         ((*EXPORTED, "storage.listenHost=[::]"), "storage.listenHost: expected an address of the node, got [::]"),
         ((*EXPORTED, "attachBy=node"), "a volume of a dead node could not be moved"),
+        (
+            (*EXPORTED, "storage.nvme.authentication.enabled=true"),
+            "storage.tls.existingSecret is empty: nodes send their keys to the API",
+        ),
         ((*EXPORTED, "storage.nvme.ports=24000-23000"), "expected LOW-HIGH, at most 65535 and 8192 ports"),
         ((*EXPORTED, "storage.nvme.ports=20000-29000"), "expected LOW-HIGH, at most 65535 and 8192 ports"),
         ((*EXPORTED, "storage.nvme.ports=60000-65536"), "expected LOW-HIGH, at most 65535 and 8192 ports"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.chart.rendering import EMBEDDED, EXPORTED, NVMESH, helm, render
+from tests.unit.chart.rendering import AUTHENTICATED, EMBEDDED, EXPORTED, NVMESH, helm, render
 from tests.unit.chart.variants import VARIANTS, Variant
 
 pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs helm: make helm")]
@@ -166,6 +166,34 @@ def test_nodes_have_no_credentials_unless_they_attach_for_themselves() -> None:
     assert secrets(*EMBEDDED) == []
     assert secrets(*NVMESH, "attachBy=node") == ["mgmt"]
     assert secrets(*EXPORTED) == []
+
+
+def test_nodes_get_the_join_token_and_neither_the_password_nor_the_key_of_the_certificate() -> None:
+    rendered = render(*AUTHENTICATED)
+    volumes = rendered.pods()["node"]["volumes"]
+    files = {
+        (each["secret"]["secretName"], item["key"])
+        for each in volumes
+        if "secret" in each
+        for item in each["secret"]["items"]
+    }
+    assert files == {("nvmesh-csi-nvme-join", "token"), ("tls", "ca.crt")}
+    made = rendered.one("Secret", "-nvme-join")
+    assert made["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert len(made["data"]["token"]) > 32
+    named = render(*AUTHENTICATED, "storage.nvme.authentication.existingSecret=mine")
+    assert [each["metadata"]["name"] for each in named.of("Secret")] == ["nvmesh-csi-storage"]
+
+
+def test_a_cluster_moves_to_authentication_in_two_steps() -> None:
+    step = "storage.nvme.authentication.required=false"
+    found = [
+        word
+        for sets in (EXPORTED, (*AUTHENTICATED, step), AUTHENTICATED)
+        for word in render(*sets).args("storage/storage")
+        if word.startswith("--auth=")
+    ]
+    assert found == ["--auth=off", "--auth=required"]
 
 
 def test_the_storages_password_is_made_only_where_none_is_named() -> None:

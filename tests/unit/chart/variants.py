@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.unit.chart.rendering import EMBEDDED, EXPORTED, NVMESH, SNAPSHOTS
+from tests.unit.chart.rendering import AUTHENTICATED, EMBEDDED, EXPORTED, NVMESH, SNAPSHOTS
 
 Variant = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -44,6 +44,7 @@ VARIANTS: dict[str, Variant] = {
         {},
     ),
     "exported over NVMe/TCP": ((*EXPORTED, "networkPolicy.enabled=true", "sidecars.livenessprobe.enabled=true"), {}),
+    "exported to nodes with keys": (AUTHENTICATED, {}),
     "sidecars of the node": ((*NVMESH, "sidecars.registrar.enabled=true", "sidecars.livenessprobe.enabled=true"), {}),
     "node on the host's network": ((*NVMESH, "node.hostNetwork=true", "sidecars.livenessprobe.enabled=true"), {}),
     "CSI-Addons": ((*NVMESH, "csiAddons.enabled=true", "rbac.secrets.namespaces={keys}"), {}),

@@ -35,6 +35,11 @@
 {{- .Values.storage.existingSecret | default (printf "%s-storage" (include "nvmesh-csi.fullname" .)) -}}
 {{- end -}}
 
+{{/* The Secret by which a node proves that it belongs to the cluster. */}}
+{{- define "nvmesh-csi.joinSecret" -}}
+{{- .Values.storage.nvme.authentication.existingSecret | default (printf "%s-nvme-join" (include "nvmesh-csi.fullname" .)) -}}
+{{- end -}}
+
 {{- define "nvmesh-csi.clustersPath" -}}
 {{- if eq (include "nvmesh-csi.clusters" .) "zones" -}}
 /etc/nvmesh-csi/clusters/clusters.yaml

@@ -109,6 +109,9 @@ terminationMessagePolicy: FallbackToLogsOnError
 {{- if include "nvmesh-csi.isExported" . }}
 # To load the kernel's modules of NVMe/TCP.
 - {name: modules, mountPath: /lib/modules, readOnly: true}
+{{- if .Values.storage.nvme.authentication.enabled }}
+- {name: join, mountPath: /etc/nvmesh-csi/join, readOnly: true}
+{{- end }}
 {{- end }}
 {{- end -}}
 
@@ -123,6 +126,15 @@ terminationMessagePolicy: FallbackToLogsOnError
 {{- if include "nvmesh-csi.isExported" . }}
 - name: modules
   hostPath: {path: /lib/modules}
+{{- with .Values.storage.nvme.authentication }}
+{{- if .enabled }}
+- name: join
+  secret:
+    secretName: {{ include "nvmesh-csi.joinSecret" $ | quote }}
+    defaultMode: 0400
+    items: [{key: {{ .tokenKey | quote }}, path: token}]
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end -}}
 

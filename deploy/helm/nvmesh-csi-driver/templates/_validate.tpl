@@ -101,6 +101,9 @@
 {{- if eq .Values.attachBy "node" -}}
 {{- fail "attachBy is node and storage.nvme.enabled is true: a volume of a dead node could not be moved; set attachBy to controller" -}}
 {{- end -}}
+{{- if and $nvme.authentication.enabled (not $storage.tls.existingSecret) -}}
+{{- fail "storage.nvme.authentication.enabled is true and storage.tls.existingSecret is empty: nodes send their keys to the API, which must not cross the network in clear; name a Secret with a certificate there" -}}
+{{- end -}}
 {{- $range := splitList "-" $nvme.ports -}}
 {{- $low := first $range | int -}}
 {{- $high := last $range | int -}}
