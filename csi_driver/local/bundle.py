@@ -40,7 +40,7 @@ _ASSIGNED = re.compile(
     # Quoted, even within a quoted text; else up to the next space.
     r"""(?:(\\+["']).*?(?:\2|$)|"(?:[^"\\]|\\.)*"?|'[^']*'?|[^\s"]+)"""
 )
-_NVME_KEY = re.compile(r"DHHC-1:[0-9]{2}:[A-Za-z0-9+/=]+:?")
+_NVME_KEY = re.compile(r"DHHC-1:[0-9]{2}:[\w+/=-]+:?")
 _PATTERNS = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), REDACTED),
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s]+@"), rf"\1{REDACTED}@"),

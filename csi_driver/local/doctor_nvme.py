@@ -70,8 +70,8 @@ def paths(target: Target) -> Iterator[Finding]:
         answering = volumes.fabrics.probe(lost, _PROBE_S, _PROBE_S)
         for path in lost:
             level = error if len(lost) == len(record.export.paths) else warning
-            answers = "accepts connections" if path in answering else "does not accept connections"
-            yield level(f"volume {name}: path {path} is {states.get(path, 'missing')}; the address {answers}")
+            answer = "a target answers there" if path in answering else "no target answers there"
+            yield level(f"volume {name}: path {path} is {states.get(path, 'missing')}; {answer}")
     for orphan in keeper.orphans():
         fix = "see the log of the node's container: it ends a connection that is proven to be unused"
         yield warning(f"{orphan.nqn} is connected, and no volume here uses it", fix=fix)

@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,15 +60,34 @@ def test_a_kernel_with_a_known_fault_is_found_by_its_version(
     assert len(doctor_nvme.faults_of(release, known)) == number
 
 
+@contextmanager
+def answering_target() -> Iterator[str]:
+    """Answer the first unit of an NVMe/TCP connection, as a target does; yield the path."""
+
+    def answer(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(128, socket.MSG_WAITALL)
+                connection.sendall(struct.pack("<BBBBI", 1, 0, 128, 0, 128).ljust(128, b"\0"))
+                connection.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,))
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
 def test_a_lost_path_is_named_with_the_answer_of_its_address(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as absent:
-        open_path, closed_path = (f"127.0.0.1:{each.getsockname()[1]}" for each in (there, absent))
-        absent.close()
-        record(tmp_path, open_path, closed_path)
+    with answering_target() as open_path, socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_path = f"127.0.0.1:{silent.getsockname()[1]}"
+        record(tmp_path, open_path, silent_path)
         found = list(doctor_nvme.paths(target("--nvme-directory", str(tmp_path))))
     assert problems(found) == [
-        (Severity.ERROR, f"volume csi-1: path {open_path} is missing; the address accepts connections"),
-        (Severity.ERROR, f"volume csi-1: path {closed_path} is missing; the address does not accept connections"),
+        (Severity.ERROR, f"volume csi-1: path {open_path} is missing; a target answers there"),
+        (Severity.ERROR, f"volume csi-1: path {silent_path} is missing; no target answers there"),
     ]
     assert found[-1].found == "volumes connected over NVMe/TCP: 1"
 
