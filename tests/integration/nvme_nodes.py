@@ -119,25 +119,27 @@ class Storage:
 
 @dataclass
 class NvmeNode:
-    """A node of that storage machine; `wrap`: what the tests put around its ports."""
+    """A node of that storage machine. `path_root`: where its staging and target paths are, by default below `root`."""
 
-    storage: Storage
+    target_kernel: NvmeKernel
     node_id: str
     root: Path
-    wrap: Callable[..., NodeUseCases] = assemble
+    path_root: Path = Path()
     kernel: HostKernel = field(init=False)
     use: NodeUseCases = field(init=False)
     keeper: PathKeeper = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("dev", "kubelet", "proc"):
-            (self.root / name).mkdir(parents=True)
+        if self.path_root == Path():
+            self.path_root = self.root / "kubelet"
+        for place in (self.root / "dev", self.root / "proc", self.path_root):
+            place.mkdir(parents=True, exist_ok=True)
         self._boot(0)
 
     def _boot(self, number: int) -> None:
         sysfs = self.root / f"sys{number}"
         sysfs.mkdir()
-        self.kernel = HostKernel(self.storage.kernel, sysfs, devices=True)
+        self.kernel = HostKernel(self.target_kernel, sysfs, devices=True)
         self.restart()
 
     def restart(self) -> None:
@@ -151,8 +153,8 @@ class NvmeNode:
         )
         self.keeper = PathKeeper(volumes)
         self.devices = LinuxDevices(self.root / "dev", self.root / "proc", keeper=self.keeper)
-        paths = LinuxPaths([self.root / "kubelet"])
-        self.use = self.wrap(
+        paths = LinuxPaths([self.path_root])
+        self.use = assemble(
             devices=self.devices,
             encryption=LinuxEncryption(self.devices),
             read_only_devices=ReadOnlyLoops(LoopDevices()),
@@ -160,7 +162,7 @@ class NvmeNode:
             filesystems=LinuxFilesystems(self.devices),
             paths=paths,
             probes=LinuxProbes(),
-            tools=MachineTools([self.root / "kubelet"]),
+            tools=MachineTools([self.path_root]),
             settings=NodeSettings(node_name=self.node_id, state_directory=self.root / "state"),
         )
 
@@ -173,7 +175,7 @@ class NvmeNode:
         self._boot(len(list(self.root.glob("sys*"))))
 
     def clean_up(self) -> None:
-        for point in mounts_below(self.root):
+        for point in mounts_below(self.path_root):
             subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
         for _ in range(len(self.kernel.subsystems)):
             for name in [each.name for subsystem in self.kernel.subsystems for each in subsystem.controllers]:
@@ -183,12 +185,12 @@ class NvmeNode:
     # --- calls ------------------------------------------------------------------------------------------------------
 
     def staging(self, volume: Volume, number: int = 1) -> Path:
-        path = self.root / "kubelet" / f"{volume.name}.staging{number}"
+        path = self.path_root / f"{volume.name}.staging{number}"
         path.mkdir(exist_ok=True)
         return path
 
     def target(self, volume: Volume) -> Path:
-        return self.root / "kubelet" / f"{volume.name}.pod"
+        return self.path_root / f"{volume.name}.pod"
 
     def stage(
         self,
@@ -235,7 +237,7 @@ class NvmeNode:
     def is_clean(self, volume: Volume) -> bool:
         """Whether nothing of the volume is left on this node."""
         return (
-            not mounts_below(self.root)
+            not mounts_below(self.path_root)
             and not self.kernel.subsystems
             and not (self.root / "dev" / volume.name).exists()
             and not list((self.root / "registry").glob("*"))
@@ -250,7 +252,7 @@ def storage_and_nodes(directory: Path) -> Iterator[tuple[Storage, Callable[[str]
     nodes: list[NvmeNode] = []
 
     def make(node_id: str) -> NvmeNode:
-        nodes.append(NvmeNode(storage, node_id, directory / node_id))
+        nodes.append(NvmeNode(storage.kernel, node_id, directory / node_id))
         return nodes[-1]
 
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.cluster import Cluster
 from tests.integration.rig import REPOSITORY, Rig, loops_over, mounts_below, running
 from tests.reflink_pool import BTRFS, EXT4, XFS, mounted
 
@@ -112,7 +113,7 @@ def sanity_rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield rig
 
 
-def run(program: str, rig: Rig, *flags: str) -> Report:
+def run(program: str, rig: Rig | Cluster, *flags: str) -> Report:
     """Run the suite once over both endpoints."""
     report = rig.directory.with_name("junit.xml")
     attributes = rig.directory.with_name("attributes.yaml")
