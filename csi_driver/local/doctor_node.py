@@ -154,11 +154,11 @@ def client(target: Target) -> Iterator[Finding]:
     directory = target.paths.status_directory
     found = devices_of(target).client()
     upgrade = f"an upgrade that failed leaves {UPDATER_MARK}: repeat it until it succeeds, or reboot the machine"
+    if found.connects:
+        yield ok(f"this node needs no storage client: it connects its volumes over NVMe/TCP, as {target.node_name}")
+        return
     if found.problem:
         yield error(f"the storage client is unusable: {found.problem}")
-    if found.connects:
-        yield ok(f"this node needs no storage client: it connects its volumes over NVMe/TCP as {target.node_name}")
-        return
     if found.uuid is not None:
         limit = f"at most {found.volume_limit}" if found.volume_limit else "any number of"
         yield ok(f"the storage client is running; its uuid, the node's id, is {found.uuid}; {limit} volumes")

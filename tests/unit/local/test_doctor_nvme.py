@@ -17,7 +17,7 @@ from csi_driver.config import parse
 from csi_driver.config.local_commands import DoctorCommand
 from csi_driver.host.connectors.nvme_records import Connection, Records
 from csi_driver.host_model import ConnectOptions
-from csi_driver.local import doctor_nvme
+from csi_driver.local import doctor_node, doctor_nvme
 from csi_driver.local.doctor import Finding, Severity, Target
 from csi_driver.nvme_model import NvmeExport, subsystem_nqn
 
@@ -102,6 +102,14 @@ def test_a_volume_that_another_node_has_is_a_warning_and_its_addresses_are_not_t
     assert problems(found) == [
         (Severity.WARNING, "volume csi-1 was given to another node: the storage refuses its I/O")
     ]
+
+
+def test_a_node_that_connects_its_volumes_needs_no_client(tmp_path: Path) -> None:
+    """What it lacks is said by the check of its kernel alone."""
+    flags = "--nvme-directory", str(tmp_path / "nvme"), "--status-directory", str(tmp_path), "--device-directory"
+    (found,) = doctor_node.client(target(*flags, str(tmp_path / "dev"), "--kubernetes-host", "10.0.0.1"))
+    assert found.severity is Severity.OK
+    assert "as node-1" in found.found
 
 
 def test_the_machine_of_the_embedded_manager_has_no_paths(tmp_path: Path) -> None:
