@@ -263,6 +263,30 @@ def test_after_a_cut_nothing_of_the_host_reaches_the_file(world: World, left: tu
         assert in_file(export.file) == 1 << 40
 
 
+def test_the_namespace_is_disabled_unless_a_host_keeps_it(world: World) -> None:
+    """For its host the device would go away; without one the kernel's own wait for requests is a second proof."""
+    export = world.export(ONE, OTHER)
+    world.target.apply(export)
+    files = Recorded(world.files())
+    target, disabling = NvmeTarget(files, world.target.sockets), f"write subsystems/{export.nqn}/namespaces/1/enable"
+    target.apply(replace(export, hosts=frozenset({ONE})))
+    assert disabling not in files.changes
+    target.apply(replace(export, hosts=frozenset({THIRD})))
+    assert files.changes.count(disabling) == 2
+
+
+def test_an_export_that_another_program_opened_for_all_is_closed(world: World) -> None:
+    export = world.export(ONE)
+    world.target.apply(replace(export, hosts=frozenset()))
+    world.files().write(f"subsystems/{export.nqn}/attr_allow_any_host", "1")
+    other = world.connect(export, OTHER)
+    assert world.target.apply(export) == export
+    with pytest.raises(OSError, match=r".*"):
+        other.write(0, block(1))
+    assert refusal(world, export, OTHER) == errno.EIO
+    world.connect(export, ONE).write(0, block(2))
+
+
 def test_after_a_withdrawal_nothing_of_the_host_reaches_the_file_and_nothing_is_left(world: World) -> None:
     export = world.export(ONE)
     world.target.apply(export)
@@ -312,6 +336,8 @@ def test_a_file_that_has_grown_is_seen_larger(world: World) -> None:
     world.target.apply(export)
     host = world.connect(export, ONE)
     os.truncate(export.file, 16 * MIB)
+    with pytest.raises(OSError, match=r".*"):
+        host.write(12 * MIB, block(5))
     world.target.grow(export)
     host.write(12 * MIB, block(5))
     assert in_file(export.file, 12 * MIB) == 5

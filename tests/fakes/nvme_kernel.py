@@ -156,7 +156,10 @@ class NvmeKernel:
     def write(self, controller: Controller, offset: int, data: bytes) -> None:
         """Raises EIO after a cut, EAGAIN while the ANA group is inaccessible (the host waits), ENXIO when disabled."""
         with self.lock:
-            os.pwrite(self._usable(controller).fd, data, offset)
+            namespace = self._usable(controller)
+            if offset + len(data) > namespace.size_bytes:
+                raise _refuse(errno.EIO)
+            os.pwrite(namespace.fd, data, offset)
 
     def read(self, controller: Controller, offset: int, length: int) -> bytes:
         with self.lock:

@@ -61,6 +61,12 @@ class Machine:
     def raw(self, export: TargetExport, host: str) -> RawHost:
         return self.stack.enter_context(RawHost("127.0.0.1", export.port, export.nqn, host))
 
+    def writer(self, *exports: TargetExport) -> Writer:
+        """Write to the volumes by the kernel's host."""
+        writer = Writer(*(self.device(each) for each in exports))
+        self.stack.callback(writer.end)
+        return writer
+
     def device(self, export: TargetExport) -> Path:
         """Connect by the kernel; return the device."""
         name = f"csi-{export.port}"
@@ -192,13 +198,13 @@ class Writer:
         self._is_over = True
         self._thread.join(60)
         assert not self._thread.is_alive()
-        for fd in self.fds:
-            os.close(fd)
+        while self.fds:
+            os.close(self.fds.pop())
 
 
 def test_a_host_that_stays_goes_on_without_an_error(machine: Machine, tmp_path: Path) -> None:
     export = machine.export(tmp_path, ONE, OTHER)
-    writer = Writer(machine.device(export))
+    writer = machine.writer(export)
     other = machine.raw(export, OTHER)
     other.write(BLOCK_BYTES, block(7))
     writer.goes_on()
@@ -214,7 +220,7 @@ def test_a_host_that_stays_goes_on_without_an_error(machine: Machine, tmp_path: 
 def test_a_start_of_the_machine_makes_hosts_wait_and_refuses_nobody(machine: Machine, tmp_path: Path) -> None:
     """All exports are gone and come back one after the other; the writers only wait."""
     exports = [machine.export(tmp_path, ONE) for _ in range(3)]
-    writers = [Writer(machine.device(each)) for each in exports]
+    writers = [machine.writer(each) for each in exports]
     for each in exports:
         machine.target.withdraw(each)
     for each, writer in zip(exports, writers, strict=True):
@@ -261,7 +267,7 @@ def test_no_cut_of_exports_has_a_write_without_the_one_that_it_depends_on(machin
     """And the writer, by the kernel's own host, only waits."""
     with mounted(tmp_path) as pool:
         exports = [machine.export(pool, ONE) for _ in range(3)]
-        writer = Writer(*(machine.device(each) for each in exports))
+        writer = machine.writer(*exports)
         try:
             for _ in range(8):
                 writer.goes_on()
@@ -270,13 +276,12 @@ def test_no_cut_of_exports_has_a_write_without_the_one_that_it_depends_on(machin
                 assert numbers[0] - numbers[-1] <= 1
             writer.goes_on()
         finally:
-            writer.end()
             machine.close()
 
 
 def test_held_exports_take_no_write(machine: Machine, tmp_path: Path) -> None:
     export = machine.export(tmp_path, ONE, OTHER)
-    writer, other = Writer(machine.device(export)), machine.raw(export, OTHER)
+    writer, other = machine.writer(export), machine.raw(export, OTHER)
     with Freezer(tmp_path).held([export.file], [export.nqn], limit_s=5.0) as end:
         with pytest.raises(OSError, match="status 0x"):
             other.write(BLOCK_BYTES, block(9))
