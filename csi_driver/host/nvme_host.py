@@ -70,6 +70,11 @@ class Subsystem:
     controllers: tuple[Controller, ...]
     heads: tuple[Head, ...]
 
+    @property
+    def lasting(self) -> list[Controller]:
+        """The controllers that are not about to go."""
+        return [each for each in self.controllers if each.state not in ENDING]
+
 
 class Sysfs:
     """NVMe subsystems in sysfs. `root`: where it is mounted."""

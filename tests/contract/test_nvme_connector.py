@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import stat
@@ -272,7 +273,32 @@ def test_a_device_that_is_no_namespace_is_no_evidence(machine: Machine) -> None:
     assert machine.volumes.evidence_of(DeviceNumber(259, 999_999)) is None
 
 
+def test_a_device_node_is_not_made_again_after_the_disconnect(
+    machine: Machine, volume: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    record, seen_before = machine.volumes.records.all()[NAME], machine.volumes.subsystem(export.nqn)
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    with monkeypatch.context() as patched:
+        patched.setattr(machine.volumes, "subsystem", lambda nqn: seen_before)
+        assert not machine.volumes.place_node(record)
+    assert not machine.node.exists()
+
+
 # --- refused ---
+
+
+@only_fake
+def test_a_connect_whose_every_path_fails_does_not_wait_for_the_device(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+
+    def fail(options: object) -> None:
+        raise OSError(errno.ECONNRESET, "reset")
+
+    kernel_of(machine).before_connect = fail
+    with pytest.raises(StorageUnavailable, match="Connection reset"):
+        machine.connect(export, paths=(f"[{V6}]:{export.port}", *at(export).paths))
 
 
 def test_a_node_that_the_target_refuses_is_told_so_and_marked(machine: Machine, volume: str) -> None:
@@ -370,6 +396,17 @@ def test_the_keeper_connects_again_when_the_kernel_has_given_up_every_path(machi
     assert machine.keeper.states().reconnects == 1
 
 
+def test_the_keeper_knows_a_lost_controller_from_another_one_of_its_name(machine: Machine, volume: str) -> None:
+    export, other = machine.export(volume), machine.export(str(uuid.uuid4()))
+    machine.connect(export)
+    machine.keeper.keep()
+    names = {name for name, _ in machine.volumes.sysfs.entries()}
+    machine.volumes.end_subsystem(export.nqn, soon())
+    machine.connect(other, name="csi-other")
+    assert {name for name, _ in machine.volumes.sysfs.entries()} == names
+    assert kept_until(machine, machine.io_enabled)
+
+
 def test_a_volume_that_was_taken_over_is_marked_and_never_connected_again(machine: Machine, volume: str) -> None:
     export = machine.export(volume)
     machine.connect(export)
@@ -382,6 +419,7 @@ def test_a_volume_that_was_taken_over_is_marked_and_never_connected_again(machin
     machine.keeper.keep()
     assert eventually(lambda: machine.controllers(export) == {})
     assert not machine.io_enabled()
+    assert machine.keeper.states().reconnects == 0
 
 
 def test_a_path_that_is_not_published_any_more_is_closed(machine: Machine, volume: str) -> None:
@@ -530,6 +568,23 @@ def test_a_disconnect_waits_for_the_connect_that_hangs(machine: Machine, volume:
     machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
     assert machine.volumes.sysfs.find(export.nqn) is None
     assert machine.volumes.names() == frozenset()
+
+
+@only_fake
+def test_a_disconnect_waits_for_the_connect_of_a_path_that_is_not_published_any_more(
+    machine: Machine, volume: str, hanging: Hanging
+) -> None:
+    export = machine.export(volume, addresses=(V4, V6))
+    first, second = at(export).paths
+    machine.connect(export, paths=(second,))
+    kernel_of(machine).before_connect = hanging
+    machine.connect(export, paths=(first, second), within_s=0.1)
+    machine.connect(export, paths=(second,))
+    with pytest.raises(DeadlineReached):
+        machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(0.1))
+    hanging.let_go.set()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
 
 
 @only_fake

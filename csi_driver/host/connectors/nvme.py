@@ -31,7 +31,7 @@ from csi_driver.errors import (
 )
 from csi_driver.host import block_devices
 from csi_driver.host.connectors.nvme_records import Connection, Records
-from csi_driver.host.nvme_host import ENDING, HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
+from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
 from csi_driver.host.nvme_keys import NodeKeys
 from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import ConnectOptions, DeviceNumber, NvmeOrphan, VolumeStatus
@@ -83,8 +83,9 @@ class NvmeVolumes:
         self.clock = clock
         self._hints: dict[str, str] = {}
         self._options: frozenset[str] | None = None
-        self._lock = threading.Lock()
-        self._jobs: dict[object, Job[None]] = {}
+        self._lock = threading.RLock()  # a job that is done at once is forgotten in the thread that starts it
+        self._jobs: dict[tuple[str, ...], Job[None]] = {}
+        self._placing = threading.Lock()
         self._connecting = Pool("nvme-connect", 1)
         self._deleting = Pool("nvme-disconnect", _DELETES_AT_ONCE)
 
@@ -130,11 +131,12 @@ class NvmeVolumes:
         self.records.put(wanted)
         self._connect_paths(wanted, deadline)
         if not deadline.wait_until(lambda: self.place_node(wanted), first_s=_GONE_FIRST_S):
-            missing = _why_no_io(wanted, self.subsystem(export.nqn)) or "its block device is not made yet"
+            missing = why_no_io(wanted, self.subsystem(export.nqn)) or "its block device is not made yet"
             raise DeadlineReached(f"the device of volume {name} ({missing})")
 
     def _connect_paths(self, wanted: Connection, deadline: Deadline) -> None:
-        missing = self.missing_paths(wanted)
+        present = self._paths_of(wanted)
+        missing = [path for path in wanted.export.paths if path not in present]
         if not missing:
             return
         answered = self.fabrics.probe(missing, min(PROBE_S, deadline.remaining_s()))
@@ -142,30 +144,22 @@ class NvmeVolumes:
         for path in filter(answered.__contains__, missing):
             try:
                 self._wait(self.start_connect(wanted, path), f"volume {wanted.name} to connect at {path}", deadline)
-            except Refused:
-                self.mark_refused(wanted)
-                raise
             except DriverError as failure:
                 failures.append(failure)
-        if len(failures) == len(missing) or (not answered and not self._paths_of(wanted)):
-            raise (
-                failures[0]
-                if failures
-                else StorageUnavailable(
-                    f"no path of volume {wanted.name} accepts a connection within {PROBE_S:.0f} s: "
-                    f"{', '.join(wanted.export.paths)}; check the storage machine and its network, a retry continues"
-                )
-            )
-
-    def missing_paths(self, wanted: Connection) -> tuple[str, ...]:
-        """Return the paths without a controller, in order of preference."""
-        present = self._paths_of(wanted)
-        return tuple(path for path in wanted.export.paths if path not in present)
+        if self._paths_of(wanted):
+            return
+        if any(isinstance(each, Refused) for each in failures):
+            self.mark_refused(wanted)
+        if failures:
+            raise failures[0]
+        raise StorageUnavailable(
+            f"no path of volume {wanted.name} accepts a connection within {PROBE_S:.0f} s: "
+            f"{', '.join(wanted.export.paths)}; check the storage machine and its network, a retry continues"
+        )
 
     def _paths_of(self, wanted: Connection) -> set[str]:
         subsystem = self.subsystem(wanted.export.nqn)
-        controllers = subsystem.controllers if subsystem is not None else ()
-        return {each.path for each in controllers if each.state not in ENDING}
+        return {each.path for each in subsystem.lasting} if subsystem is not None else set()
 
     def start_connect(self, wanted: Connection, path: str) -> Job[None]:
         """Start to connect one path, unless that runs already."""
@@ -255,7 +249,11 @@ class NvmeVolumes:
             self._start(self._deleting, ("tune", head.name), tune)
         with contextlib.suppress(FileExistsError):
             os.makedirs(self._device_root, 0o755)
-        block_devices.ensure_node(self._device_root / record.name, head.number)
+        with self._placing:
+            now = self.records.get(record.name)
+            if now is None or now.export.nqn != record.export.nqn or now.is_ending:
+                return False  # disconnected since: its number may be another device's
+            block_devices.ensure_node(self._device_root / record.name, head.number)
         return True
 
     def volume(self, name: str) -> VolumeStatus | None:
@@ -265,7 +263,7 @@ class NvmeVolumes:
             return None
         subsystem = self.subsystem(record.export.nqn)
         head = next(iter(subsystem.heads), None) if subsystem is not None else None
-        why_not = _why_no_io(record, subsystem)
+        why_not = why_no_io(record, subsystem)
         return VolumeStatus(
             name=name,
             uuid=record.uuid,
@@ -310,23 +308,24 @@ class NvmeVolumes:
 
     def _end(self, record: Connection, deadline: Deadline) -> None:
         ending = self.records.change(record, lambda now: replace(now, is_ending=True)) or record
-        for path in ending.export.paths:
-            self._finish_connect(ending, path, deadline)
+        self._finish_connects(ending, deadline)
         self.end_subsystem(ending.export.nqn, deadline)
         node = self._device_root / record.name
-        if block_devices.node_number(node) is not None:
-            node.unlink(missing_ok=True)
-        self.records.remove(record.name)
+        with self._placing:
+            if block_devices.node_number(node) is not None:
+                node.unlink(missing_ok=True)
+            self.records.remove(record.name)
 
-    def _finish_connect(self, record: Connection, path: str, deadline: Deadline) -> None:
-        """Wait for a connect that runs: its controller would come after the others have gone."""
+    def _finish_connects(self, record: Connection, deadline: Deadline) -> None:
+        """Wait for connects that run: their controllers would come after the others have gone."""
         with self._lock:
-            job = self._jobs.get(("connect", record.export.nqn, path))
-        if job is not None and not job.cancel():
-            with contextlib.suppress(PreconditionFailed, HostFailure, StorageUnavailable):
-                self._wait(job, "", deadline)
-            if not job.done():
-                raise DeadlineReached(f"volume {record.name} to connect at {path} before it is disconnected")
+            jobs = [job for key, job in self._jobs.items() if key[:2] == ("connect", record.export.nqn)]
+        for job in jobs:
+            if not job.cancel():
+                with contextlib.suppress(PreconditionFailed, HostFailure, StorageUnavailable):
+                    self._wait(job, "", deadline)
+                if not job.done():
+                    raise DeadlineReached(f"volume {record.name} to connect before it is disconnected")
 
     def end_subsystem(self, nqn: str, deadline: Deadline) -> None:
         """End all connections of this node to a subsystem, and wait until it has left sysfs. Its device is closed."""
@@ -380,7 +379,7 @@ class NvmeVolumes:
 
     # --- calls of the kernel ---------------------------------------------------------------------------------------
 
-    def _start(self, pool: Pool, key: object, work: Callable[[], None]) -> Job[None]:
+    def _start(self, pool: Pool, key: tuple[str, ...], work: Callable[[], None]) -> Job[None]:
         with self._lock:
             job = self._jobs.get(key)
             if job is None or job.done():
@@ -388,7 +387,7 @@ class NvmeVolumes:
                 job.add_done_callback(partial(self._forget, key))
             return job
 
-    def _forget(self, key: object, job: Future[None]) -> None:
+    def _forget(self, key: tuple[str, ...], job: Future[None]) -> None:
         with self._lock:
             if self._jobs.get(key) is job:
                 del self._jobs[key]
@@ -397,6 +396,7 @@ class NvmeVolumes:
         try:
             failure = job.exception(deadline.remaining_s())
         except TimeoutError:
+            self._deleting.write_off(job)  # of the connecting thread there is one, as the kernel has one lock
             raise DeadlineReached(awaited) from None
         except CancelledError:
             return
@@ -405,7 +405,7 @@ class NvmeVolumes:
         job.result()
 
 
-def _why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
+def why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
     """Return why the volume carries no I/O now; empty when it does."""
     if record.is_refused:
         return "the storage machine refuses this node"

@@ -15,14 +15,15 @@ from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 from csi_driver.errors import DriverError
-from csi_driver.host.connectors.nvme import PROBE_S, NvmeVolumes, Refused
+from csi_driver.host.connectors.nvme import PROBE_S, NvmeVolumes, Refused, why_no_io
 from csi_driver.host.connectors.nvme_records import Connection
-from csi_driver.host.nvme_host import ENDING, LIVE
+from csi_driver.host.nvme_host import LIVE
 from csi_driver.host_model import NvmeOrphan, NvmeStates
 from csi_driver.nvme_model import NvmeExport, host_nqn
 from csi_driver.thread_pool import Job
 
 _LOG = logging.getLogger(__name__)
+_REQUEUED = "io_requeue_no_usable_path_count"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
 
 
@@ -67,7 +68,7 @@ class PathKeeper:
             self.volumes.start_deletes(record.export.nqn)
             return []
         subsystem = self.volumes.subsystem(record.export.nqn)
-        controllers = [each for each in (subsystem.controllers if subsystem else ()) if each.state not in ENDING]
+        controllers = subsystem.lasting if subsystem is not None else []
         live = {each.path for each in controllers if each.state == LIVE and each.path in record.export.paths}
         if live and any(each.path not in record.export.paths for each in controllers):
             self.volumes.start_deletes(record.export.nqn, keep=record.export.paths)
@@ -137,17 +138,17 @@ class PathKeeper:
 
     def states(self) -> NvmeStates:
         volumes, paths, failovers, requeued = Counter[str](), Counter[str](), 0, 0
-        for name, record in self.volumes.records.all().items():
-            status, subsystem = self.volumes.volume(name), self.volumes.subsystem(record.export.nqn)
-            enabled = status is not None and status.io_enabled
-            volumes["fenced" if record.is_refused else "ready" if enabled else "no_path"] += 1
-            paths["missing"] += len(self.volumes.missing_paths(record))
-            if subsystem is None:
-                continue
-            for controller in subsystem.controllers:
+        sysfs = self.volumes.sysfs
+        for record in self.volumes.records.all().values():
+            subsystem = self.volumes.subsystem(record.export.nqn)
+            why_not = why_no_io(record, subsystem)
+            volumes["fenced" if record.is_refused else "no_path" if why_not else "ready"] += 1
+            controllers = subsystem.controllers if subsystem is not None else ()
+            paths["missing"] += len(set(record.export.paths) - {each.path for each in controllers})
+            for controller in controllers:
                 paths[controller.state] += 1
-                failovers += self.volumes.sysfs.path_count(controller.name, "multipath_failover_count")
-            for head in subsystem.heads:
-                text = self.volumes.sysfs.of_head(subsystem.name, head.name, "io_requeue_no_usable_path_count")
-                requeued += int(text) if text.isdigit() else 0
+                failovers += sysfs.path_count(controller.name, "multipath_failover_count")
+            if subsystem is not None:
+                counts = (sysfs.of_head(subsystem.name, each.name, _REQUEUED) for each in subsystem.heads)
+                requeued += sum(int(text) for text in counts if text.isdigit())
         return NvmeStates(volumes, paths, len(self.orphans()), self.reconnects, failovers, requeued)
