@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DeadlineReached, PreconditionFailed, StorageUnavailable
+from csi_driver.errors import DeadlineReached, HostFailure, PreconditionFailed, StorageUnavailable
 from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.nvme import NvmeVolumes, Refused
 from csi_driver.host.connectors.nvme_paths import PathKeeper
@@ -462,6 +462,43 @@ def test_a_record_without_a_connection_is_connected_by_the_keeper_and_ended_by_a
     machine.restarted()
     machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
     assert machine.volumes.names() == frozenset()
+
+
+def test_a_volume_that_another_program_of_the_node_has_disconnected_is_not_connected_again(
+    machine: Machine, volume: str
+) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    first, keeper = machine.volumes, machine.keeper
+    keeper.keep()
+    machine.restarted()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    keeper.keep()
+    keeper.keep()
+    assert first.names() == frozenset()
+    assert first.sysfs.find(export.nqn) is None
+
+
+def test_a_connection_that_another_program_of_the_node_has_made_is_no_orphan(machine: Machine, volume: str) -> None:
+    keeper = machine.keeper
+    machine.connect(machine.export(str(uuid.uuid4())), name="csi-first")
+    machine.restarted()
+    machine.connect(machine.export(volume))
+    assert keeper.orphans() == ()
+
+
+def test_a_record_that_cannot_be_read_is_not_taken_for_a_volume_that_is_disconnected(
+    machine: Machine, volume: str
+) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    file = machine.directory / "registry" / f"{NAME}.json"
+    text = file.read_text()
+    file.write_text(text[:-20])
+    with pytest.raises(HostFailure, match="cannot be read"):
+        machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    file.write_text(text)
+    assert machine.io_enabled()
 
 
 def test_a_connection_without_a_record_is_an_orphan_and_ends_as_one(machine: Machine, volume: str) -> None:

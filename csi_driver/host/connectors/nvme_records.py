@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registry of the volumes that this node connects by NVMe/TCP: one file each, in a directory that a reboot empties.
 
-Only the node writes it. Each change replaces the file, so that readers and a restart find a whole one.
+Each change replaces the file, so that readers and a restart find a whole one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.errors import HostFailure
 from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import ConnectOptions
 from csi_driver.model import is_uuid, is_volume_name
@@ -79,22 +79,38 @@ class Connection:
 
 
 class Records:
-    """The records, read from their directory once."""
+    """The records. A file is read again only when it was replaced: drivers of one node share the directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        self._found: dict[str, Connection] | None = None
+        self._found: dict[str, tuple[tuple[int, int], Connection]] = {}
         self.pools: set[str] = set()
         """The pools that records named since the start."""
 
     def all(self) -> dict[str, Connection]:
-        with self._lock:
-            return dict(self._read())
+        found = {}
+        for name in self._names():
+            try:
+                record = self.get(name)
+            except HostFailure as failure:
+                _LOG.error("%s", failure)
+                continue
+            if record is not None:
+                found[name] = record
+        return found
+
+    def _names(self) -> list[str]:
+        try:
+            files = os.listdir(self._directory)
+        except FileNotFoundError:
+            return []
+        return [file.removesuffix(_SUFFIX) for file in sorted(files) if file.endswith(_SUFFIX) and file[0] != "."]
 
     def get(self, name: str) -> Connection | None:
+        """Return the record of a volume; raises `HostFailure` when there is one that cannot be read."""
         with self._lock:
-            return self._read().get(name)
+            return self._read(name)
 
     def put(self, record: Connection) -> None:
         with self._lock:
@@ -103,15 +119,38 @@ class Records:
     def change(self, record: Connection, change: Callable[[Connection], Connection]) -> Connection | None:
         """Change the record of this subsystem as it is now; None when it has gone since."""
         with self._lock:
-            now = self._read().get(record.name)
+            now = self._read(record.name)
             if now is None or now.export.nqn != record.export.nqn:
                 return None
             changed = change(now)
             self._write(changed)
             return changed
 
+    def remove(self, name: str) -> None:
+        with self._lock, system_call(f"remove the record of the connection of volume {name}"):
+            self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / (name + _SUFFIX)
+
+    def _read(self, name: str) -> Connection | None:
+        path = self._path(name)
+        try:
+            status = os.stat(path)
+            stamp = status.st_ino, status.st_mtime_ns
+            if name not in self._found or self._found[name][0] != stamp:
+                self._found[name] = stamp, Connection.parse(path.read_text())
+        except FileNotFoundError:
+            self._found.pop(name, None)
+            return None
+        except (OSError, ValueError) as error:
+            raise HostFailure(f"{path} cannot be read: {error}; end its connection by hand and remove it") from error
+        record = self._found[name][1]
+        self.pools.add(record.export.pool)
+        return record
+
     def _write(self, record: Connection) -> None:
-        if self._read().get(record.name) == record:
+        if self._read(record.name) == record:
             return
         draft = self._directory / f".{record.name}.new"
         with system_call(f"write the record of the connection of volume {record.name}"):
@@ -119,31 +158,4 @@ class Records:
             with open(draft, "w", opener=lambda path, flags: os.open(path, flags | os.O_CLOEXEC, 0o600)) as file:
                 file.write(record.to_json())
             os.replace(draft, self._path(record.name))
-        self._add(self._read(), record)
-
-    def remove(self, name: str) -> None:
-        with self._lock, system_call(f"remove the record of the connection of volume {name}"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path(name))
-            self._read().pop(name, None)
-
-    def _path(self, name: str) -> Path:
-        return self._directory / (name + _SUFFIX)
-
-    def _read(self) -> dict[str, Connection]:
-        """Return the records; the lock is held."""
-        if self._found is None:
-            found: dict[str, Connection] = {}
-            names = sorted(os.listdir(self._directory)) if self._directory.is_dir() else []
-            for name in names:
-                if name.endswith(_SUFFIX) and not name.startswith("."):
-                    try:
-                        self._add(found, Connection.parse((self._directory / name).read_text()))
-                    except (OSError, ValueError) as error:
-                        _LOG.error("%s cannot be read, its connection counts as one of nobody: %s", name, error)
-            self._found = found
-        return self._found
-
-    def _add(self, found: dict[str, Connection], record: Connection) -> None:
-        found[record.name] = record
-        self.pools.add(record.export.pool)
+        self._read(record.name)
