@@ -187,9 +187,9 @@ def read_host_port(value: str) -> tuple[str, int]:
 
 @reader("HOST:PORT")
 def read_host_port_or_fd(value: str) -> tuple[str, int] | int:
-    """Read HOST:PORT, or the descriptor N of fd:N."""
+    """Read HOST:PORT, or the descriptor N of fd:N. Kubernetes gives pods their IPv6 address without brackets."""
     if not value.startswith("fd:"):
-        return read_host_port(value)
+        return read_host_port(_with_brackets(value))
     number = value.removeprefix("fd:")
     if not number.isascii() or not number.isdecimal() or int(number) <= _STANDARD_ERROR:
         raise ValueError("HOST:PORT, or fd:N with a descriptor above 2")
@@ -199,11 +199,16 @@ def read_host_port_or_fd(value: str) -> tuple[str, int] | int:
 @reader("HOST:PORT")
 def read_listen_address(value: str) -> tuple[str, int]:
     """Read HOST:PORT or :PORT for every address. Kubernetes gives pods their IPv6 address without brackets."""
-    host, colon, port = value.rpartition(":")
+    host, colon, _ = value.rpartition(":")
     if colon and not host:
         return "", read_host_port(f"every{value}")[1]
-    bare = ":" in host and not host.startswith("[")
-    return read_host_port(f"[{host}]:{port}" if bare and _is_ipv6(host) else value)
+    return read_host_port(_with_brackets(value))
+
+
+def _with_brackets(value: str) -> str:
+    """Put brackets around the host of HOST:PORT if it is an IPv6 address without them."""
+    host, _, port = value.rpartition(":")
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") and _is_ipv6(host) else value
 
 
 def _is_ipv6(text: str) -> bool:

@@ -165,6 +165,10 @@ def test_an_inherited_socket_is_a_descriptor() -> None:
     assert read_host_port_or_fd("fd:17") == 17
 
 
+def test_the_ipv6_address_of_a_node_is_taken_as_kubernetes_gives_it() -> None:
+    assert read_host_port_or_fd("fd00::9:4000") == ("fd00::9", 4000)
+
+
 @pytest.mark.parametrize(
     ("read", "text"),
     [

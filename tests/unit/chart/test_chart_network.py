@@ -156,6 +156,8 @@ def test_in_the_hosts_network_the_api_listens_on_one_address() -> None:
     assert listen == "--listen=$(HOST_IP):4000"
     names = [one["name"] for one in render(*EXPORTED).container("storage/storage")["env"]]
     assert "HOST_IP" in names
+    (service,) = render(*EXPORTED).of("Service")
+    assert service["spec"]["ipFamilyPolicy"] == "SingleStack"
     (listen,) = (
         word
         for word in render(*EXPORTED, "storage.listenHost=[fd00::9]").args("storage/storage")
