@@ -202,7 +202,8 @@ def _client_faults(status: VolumeStatus | None) -> Iterator[VolumeEntry]:
     if status.refusal:
         yield VolumeEntry(VolumeFault.DATA_LOSS, Reason.DATA_NOT_WRITTEN, status.refusal)
     if status.io_enabled is False:
-        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"the client has no I/O: {status.details}")
+        what = "the client has" if status.holders is None else "its connection carries"
+        yield VolumeEntry(VolumeFault.INACCESSIBLE, Reason.IO_DISABLED, f"{what} no I/O: {status.details}")
 
 
 def _one_per_filesystem(mounts: list[Mount]) -> list[Mount]:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -384,3 +386,71 @@ def test_what_a_call_of_a_connected_volume_reads_does_not_grow_with_other_volume
     for number in range(2, 5):
         node.stage(storage.attach(storage.volume(f"csi-{number}"), node.node_id), BLOCK)
     assert reads() == before
+
+
+# --- a driver that dies ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The driver dies here."""
+
+
+@contextlib.contextmanager
+def killer(node: NvmeNode, at: int = 1 << 20) -> Iterator[list[str]]:
+    """Kill the driver of a node at its change of kernel or records with that number; give the changes, in order."""
+    passed: list[str] = []
+
+    def meet(point: str) -> None:
+        if at <= len(passed):
+            raise Killed(point)
+        passed.append(point)
+
+    def deadly(name: str, method: Callable[..., object]) -> Callable[..., object]:
+        def called(*arguments: object, **named: object) -> object:
+            meet(f"before {name}")
+            result = method(*arguments, **named)
+            meet(f"after {name}")
+            return result
+
+        return called
+
+    volumes = node.keeper.volumes
+    changes: Sequence[tuple[object, str]] = (
+        (volumes.records, "put"),
+        (volumes.records, "change"),
+        (volumes.records, "remove"),
+        (volumes.fabrics, "connect"),
+        (volumes.sysfs, "delete"),
+        (volumes, "place_node"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in changes:
+            patch.setattr(owner, name, deadly(name, getattr(owner, name)))
+        yield passed
+
+
+def test_a_driver_that_dies_at_any_change_of_a_connection_goes_on(
+    storage: Storage, node: NvmeNode, volume: Volume
+) -> None:
+    attached = storage.attach(volume, node.node_id)
+    wanted = fill(node.stage(attached) / "data", MIB)
+    node.unstage(volume)
+
+    def live() -> None:
+        node.stage(attached, BLOCK)
+        node.unstage(volume)
+
+    with killer(node) as points:
+        live()
+    assert {"after put", "after connect", "after delete", "before remove"} <= set(points)
+    for at, goes_on in itertools.product(range(len(points)), (True, False)):
+        node.restart()
+        with pytest.raises(Killed), killer(node, at):
+            live()
+        node.restart()
+        if goes_on:
+            node.stage(attached, BLOCK)
+        node.unstage(volume)
+        assert node.is_clean(volume), (points[at], goes_on)
+    assert digest(node.stage(attached) / "data", MIB) == wanted
+    node.unstage(volume)

@@ -400,3 +400,10 @@ def test_a_node_name_with_capital_letters_is_refused_where_volumes_are_connected
     node.host.connects = True
     with pytest.raises(PreconditionFailed, match="no capital letters"):
         node.use.identity.info()
+
+
+def test_a_volume_without_a_path_is_reported_as_inaccessible(node: FakeNode) -> None:
+    node.stage(context=exported(node))
+    node.host.connections[NAME].has_path = False
+    health = node.use.health.volume(VOLUME_ID, "", "", deadline=node.soon())
+    assert "its connection carries no I/O" in [entry.message.partition(":")[0] for entry in health.entries]
