@@ -18,7 +18,7 @@ _NQN = re.compile(r"nqn\.[0-9]{4}-[0-9]{2}\.[A-Za-z0-9.-]+:[A-Za-z0-9.:_-]+")
 _PATH = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([1-9][0-9]{0,4})")
 _MOST_PATHS = 16
 _HOST_NAMESPACE = uuid.UUID("6f6bd3a8-5b0c-4b1e-9a5e-0c2f3d9b7e41")
-_SUBSYSTEM_PREFIX = "nqn.2026-11.com.excelero.nvmesh-csi"
+SUBSYSTEM_PREFIX = "nqn.2026-11.com.excelero.nvmesh-csi"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class NvmeExport:
         return self._part(1)
 
     def _part(self, number: int) -> str:
-        parts = self.nqn.removeprefix(_SUBSYSTEM_PREFIX + ":").split(":")
-        return parts[number] if len(parts) == 3 and self.nqn.startswith(_SUBSYSTEM_PREFIX + ":") else ""
+        parts = self.nqn.removeprefix(SUBSYSTEM_PREFIX + ":").split(":")
+        return parts[number] if len(parts) == 3 and self.nqn.startswith(SUBSYSTEM_PREFIX + ":") else ""
 
     @property
     def problem(self) -> str:
@@ -95,12 +95,12 @@ def subsystem_nqn(pool_uuid: str, volume_uuid: str, token: str) -> str:
     A node that was cut off reconnects by itself when it can, and writes out what it has queued. It must not reach the
     volume of a later attachment, not even of its own: the volume may have been on another node meanwhile.
     """
-    return f"{_SUBSYSTEM_PREFIX}:{pool_uuid}:{volume_uuid}:{token}"
+    return f"{SUBSYSTEM_PREFIX}:{pool_uuid}:{volume_uuid}:{token}"
 
 
 def pool_prefix(pool_uuid: str) -> str:
     """Return how the NQNs of all exports of a pool begin."""
-    return f"{_SUBSYSTEM_PREFIX}:{pool_uuid}:"
+    return f"{SUBSYSTEM_PREFIX}:{pool_uuid}:"
 
 
 _KEY = re.compile(r"DHHC-1:0([0-3]):([A-Za-z0-9+/]+={0,2}):")

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +150,15 @@ def loops_without_file() -> Iterator[tuple[str, str]]:
 def clock_is_synchronized() -> bool:
     """Tell if something synchronizes the clock; true where the kernel does not say."""
     return bool(syscalls.libc().adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) != _TIME_ERROR)
+
+
+def given_out_ports(ports: Iterable[int]) -> list[int]:
+    """Return those of the TCP ports that the kernel may give to outgoing connections."""
+    settings = _PROC / "sys/net/ipv4"
+    low, high = map(int, (_text(settings / "ip_local_port_range").split() or ("1", "0"))[:2])
+    reserved = [each.partition("-") for each in _text(settings / "ip_local_reserved_ports").strip().split(",") if each]
+    kept = [range(int(first), int(last or first) + 1) for first, _, last in reserved]
+    return [port for port in ports if low <= port <= high and not any(port in each for each in kept)]
 
 
 def _text(file: Path) -> str:

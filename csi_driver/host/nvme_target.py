@@ -31,7 +31,7 @@ from csi_driver.host import sock_diag, syscalls
 from csi_driver.host.processes import run
 from csi_driver.host.syscalls import closing, read_file, system_call
 from csi_driver.host_model import Connection, HostKeys, TargetExport
-from csi_driver.nvme_model import pool_prefix
+from csi_driver.nvme_model import SUBSYSTEM_PREFIX, pool_prefix
 
 _CONFIGFS = Path("/sys/kernel/config")
 _MODULE = Path("/sys/module/nvmet_tcp")
@@ -142,8 +142,8 @@ class NvmeTarget:
             return f"the kernel's NVMe target cannot be used: {problem}; load it on the host: modprobe nvmet-tcp"
         return ""
 
-    def exported(self, pool_uuid: str) -> tuple[TargetExport, ...]:
-        prefix = pool_prefix(pool_uuid)
+    def exported(self, pool_uuid: str = "") -> tuple[TargetExport, ...]:
+        prefix = pool_prefix(pool_uuid) if pool_uuid else SUBSYSTEM_PREFIX
         links = self._links()
         names = (name for name in self.files.names("subsystems") if name.startswith(prefix))
         found = (self._read(name, links.get(name, ())) for name in names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a node that connects volumes over NVMe/TCP: its kernel, and the paths to its volumes.
+"""Checks of a node that connects volumes over NVMe/TCP: its kernel, the paths to its volumes, and its own exports.
 
 They connect to addresses of lost paths, and close the connection at once.
 """
@@ -14,6 +14,7 @@ from csi_driver.host import machine_checks as machine
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.nvme_host import LIVE
+from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.local.doctor import Finding, Target, error, ok, warning
 
 _PROBE_S = 1.0
@@ -51,6 +52,22 @@ def kernel(target: Target) -> Iterator[Finding]:
 def faults_of(release: str, known: Faults) -> list[str]:
     version = tuple(map(int, re.findall(r"\d+", release.partition("-")[0])[:3]))
     return [fault for first, fixed, fault in known if first <= version < fixed]
+
+
+def exports(target: Target, kernel: NvmeTarget | None = None) -> Iterator[Finding]:
+    kernel = kernel or NvmeTarget()
+    found = kernel.exported() if kernel.files.has("subsystems") else ()
+    for each in found:
+        name = f"the export of volume {each.uuid or each.nqn} at port {each.port}"
+        if each.group != 1:
+            fix = "check again: a snapshot holds it for 5 s at most; then restart the storage manager, which lets it go"
+            yield warning(f"{name} is held: the I/O of its node waits", fix=fix)
+        elif each.hosts and not (each.is_linked and each.is_enabled):
+            yield error(f"{name} is not complete: its node cannot connect")
+    if ports := machine.given_out_ports(each.port for each in found):
+        fix = "sysctl net.ipv4.ip_local_reserved_ports=LOW-HIGH, the range of --export-ports; also in /etc/sysctl.d"
+        yield warning(f"the kernel gives port {ports[0]} of an export to outgoing connections", fix=fix)
+    yield ok(f"volumes exported over NVMe/TCP here: {sum(bool(each.hosts) for each in found)}")
 
 
 def paths(target: Target) -> Iterator[Finding]:

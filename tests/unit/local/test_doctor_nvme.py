@@ -16,10 +16,12 @@ import pytest
 from csi_driver.config import parse
 from csi_driver.config.local_commands import DoctorCommand
 from csi_driver.host.connectors.nvme_records import Connection, Records
-from csi_driver.host_model import ConnectOptions
+from csi_driver.host.nvme_target import NvmeTarget
+from csi_driver.host_model import ConnectOptions, TargetExport
 from csi_driver.local import doctor_node, doctor_nvme
 from csi_driver.local.doctor import Finding, Severity, Target
-from csi_driver.nvme_model import NvmeExport, subsystem_nqn
+from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
+from tests.fakes.nvme_kernel import NvmeKernel
 
 POOL, VOLUME = "01234567-89ab-4567-89ab-0123456789ab", "11234567-89ab-4567-89ab-0123456789ab"
 
@@ -117,3 +119,46 @@ def test_the_machine_of_the_embedded_manager_has_no_paths(tmp_path: Path) -> Non
     own = target("--nvme-directory", str(tmp_path), "--storage-node", "node-1")
     assert list(doctor_nvme.paths(own)) == []
     assert next(each.found for each in doctor_nvme.kernel(own)) == "this node connects no volumes over NVMe/TCP"
+
+
+@pytest.fixture
+def kernel() -> NvmeKernel:
+    return NvmeKernel()
+
+
+def exported(kernel: NvmeKernel, directory: Path, port: int = 23001) -> NvmeTarget:
+    file = directory / VOLUME
+    file.write_bytes(bytes(4096))
+    adapter = NvmeTarget(kernel.configfs, kernel.connections)
+    nqn, hosts = subsystem_nqn(POOL, VOLUME, "1"), frozenset((host_nqn("node-2"),))
+    adapter.apply(TargetExport(nqn, VOLUME, file, port, ("127.0.0.1",), hosts))
+    return adapter
+
+
+def test_exports_are_counted(kernel: NvmeKernel, tmp_path: Path) -> None:
+    (found,) = doctor_nvme.exports(target(), exported(kernel, tmp_path))
+    assert (found.severity, found.found) == (Severity.OK, "volumes exported over NVMe/TCP here: 1")
+
+
+def test_a_held_and_an_incomplete_export_are_found(kernel: NvmeKernel, tmp_path: Path) -> None:
+    adapter, (nqn,) = exported(kernel, tmp_path), kernel.subsystems
+    kernel.configfs.write(f"subsystems/{nqn}/namespaces/1/ana_grpid", "128")
+    ((severity, found),) = problems(list(doctor_nvme.exports(target(), adapter)))
+    assert (severity, "is held" in found) == (Severity.WARNING, True)
+    kernel.configfs.write(f"subsystems/{nqn}/namespaces/1/ana_grpid", "1")
+    kernel.configfs.unlink(f"ports/23001/subsystems/{nqn}")
+    ((severity, found),) = problems(list(doctor_nvme.exports(target(), adapter)))
+    assert (severity, "is not complete" in found) == (Severity.ERROR, True)
+
+
+@pytest.mark.parametrize(("reserved", "number"), [("", 1), ("20000-23000", 1), ("4420,23000-27999", 0), ("23001", 0)])
+def test_a_port_that_the_kernel_gives_to_others_is_found(
+    kernel: NvmeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved: str, number: int
+) -> None:
+    settings = tmp_path / "sys/net/ipv4"
+    settings.mkdir(parents=True)
+    (settings / "ip_local_port_range").write_text("1024\t60999\n")
+    (settings / "ip_local_reserved_ports").write_text(f"{reserved}\n")
+    monkeypatch.setattr("csi_driver.host.machine_checks._PROC", tmp_path)
+    found = problems(list(doctor_nvme.exports(target(), exported(kernel, tmp_path))))
+    assert [severity for severity, _ in found] == [Severity.WARNING] * number
