@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.errors import HostFailure, SystemCallFailed
-from csi_driver.host.block_devices import SECTOR_BYTES, read_text
+from csi_driver.host.block_devices import NOT_READY, SECTOR_BYTES
 from csi_driver.host.syscalls import closing, open_file, read_file, system_call
 from csi_driver.host_model import DeviceNumber
 from csi_driver.nvme_model import split_path
@@ -33,6 +33,7 @@ ENDING = frozenset({"deleting", "deleting (no IO)", "dead"})
 _USABLE = frozenset({"optimized", "non-optimized"})
 _CONTROLLER, _HEAD = re.compile(r"nvme[0-9]+"), re.compile(r"nvme[0-9]+n[0-9]+")
 _PATH = re.compile(r"nvme([0-9]+)c[0-9]+n([0-9]+)")
+_SYSFS_BYTES = 4096  # of a file at most (Documentation/filesystems/sysfs.rst)
 _CREATED = re.compile(r"instance=([0-9]+),")
 
 
@@ -87,23 +88,23 @@ class Sysfs:
 
     def entries(self) -> frozenset[tuple[str, int]]:
         """Return name and inode of all controllers: the kernel gives a name to another one, an inode never."""
-        with contextlib.suppress(OSError), os.scandir(self._controllers) as found:
+        with _unless_gone(f"list {self._controllers}"), os.scandir(self._controllers) as found:
             return frozenset((entry.name, entry.inode()) for entry in found)
         return frozenset()
 
     def state(self, controller: str) -> str:
-        return read_text(f"{self._controllers}/{controller}/state")
+        return _text(f"{self._controllers}/{controller}/state")
 
     def host_nqn(self, controller: str) -> str:
-        return read_text(f"{self._controllers}/{controller}/hostnqn")
+        return _text(f"{self._controllers}/{controller}/hostnqn")
 
     def nqn(self, controller: str) -> str:
-        return read_text(f"{self._controllers}/{controller}/subsysnqn")
+        return _text(f"{self._controllers}/{controller}/subsysnqn")
 
     def find(self, nqn: str, hint: str = "") -> Subsystem | None:
         """Return the subsystem of that name. `hint`: where it was; that is read first."""
         for name in (*((hint,) if hint else ()), *_listed(self._subsystems)):
-            if read_text(f"{self._subsystems}/{name}/subsysnqn") == nqn:
+            if _text(f"{self._subsystems}/{name}/subsysnqn") == nqn:
                 return self._described(name, nqn)
         return None
 
@@ -115,21 +116,21 @@ class Sysfs:
 
     def controller(self, name: str) -> Controller:
         place = f"{self._controllers}/{name}"
-        address = dict(field.partition("=")[::2] for field in read_text(f"{place}/address").split(","))
+        address = dict(field.partition("=")[::2] for field in _text(f"{place}/address").split(","))
         path = path_to(address.get("traddr", ""), address.get("trsvcid", ""))
         namespaces = sorted(each for each in _listed(place) if _PATH.fullmatch(each))
-        states = tuple(read_text(f"{place}/{each}/ana_state") for each in namespaces)
+        states = tuple(_text(f"{place}/{each}/ana_state") for each in namespaces)
         return Controller(name, self.state(name), path, self.host_nqn(name), states)
 
     def _head(self, place: str) -> Head | None:
         try:
             return Head(
                 name=place.rpartition("/")[2],
-                number=DeviceNumber.parse(read_text(f"{place}/dev")),
-                uuid=read_text(f"{place}/uuid").lower(),
-                namespace=int(read_text(f"{place}/nsid")),
-                size_bytes=int(read_text(f"{place}/size")) * SECTOR_BYTES,
-                block_bytes=int(read_text(f"{place}/queue/logical_block_size")),
+                number=DeviceNumber.parse(_text(f"{place}/dev")),
+                uuid=_text(f"{place}/uuid").lower(),
+                namespace=int(_text(f"{place}/nsid")),
+                size_bytes=int(_text(f"{place}/size")) * SECTOR_BYTES,
+                block_bytes=int(_text(f"{place}/queue/logical_block_size")),
             )
         except ValueError:  # it goes, or is not complete yet
             return None
@@ -139,26 +140,31 @@ class Sysfs:
         place = os.path.realpath(f"{self._numbers}/{number}")
         if _HEAD.fullmatch(place.rpartition("/")[2]) is None:
             return None
-        nqn, head = read_text(f"{place.rpartition('/')[0]}/subsysnqn"), self._head(place)
+        nqn, head = _text(f"{place.rpartition('/')[0]}/subsysnqn"), self._head(place)
         return (nqn, head) if nqn and head is not None and head.number == number else None
 
     def of_head(self, subsystem: str, head: str, attribute: str) -> str:
         """Return an attribute of a namespace; empty where this kernel has none."""
-        return read_text(f"{self._subsystems}/{subsystem}/{head}/{attribute}")
+        return _text(f"{self._subsystems}/{subsystem}/{head}/{attribute}")
 
     def tune_head(self, subsystem: str, head: str, attribute: str, value: str) -> None:
         """Set an attribute of a namespace; nothing where this kernel has none. May hang."""
-        _write(f"{self._subsystems}/{subsystem}/{head}/{attribute}", value)
+        file = f"{self._subsystems}/{subsystem}/{head}/{attribute}"
+        with _unless_gone(f"write {file}"), closing(os.open(file, os.O_WRONLY | os.O_CLOEXEC)) as fd:
+            os.write(fd, value.encode())
 
     def path_count(self, controller: str, counter: str) -> int:
         """Return a counter of the namespaces by this path; 0 where this kernel counts nothing (before 7.0)."""
         place = f"{self._controllers}/{controller}"
-        found = (read_text(f"{place}/{each}/{counter}") for each in _listed(place) if _PATH.fullmatch(each))
+        found = (_text(f"{place}/{each}/{counter}") for each in _listed(place) if _PATH.fullmatch(each))
         return sum(int(text) for text in found if text.isdigit())
 
-    def delete(self, controller: str) -> None:
-        """End a connection and wait for its end; done when it is gone already."""
-        _write(f"{self._controllers}/{controller}/delete_controller", "1")
+    def delete(self, controller: str, nqn: str) -> None:
+        """End a connection to this subsystem and wait for its end; done when it is gone already. May hang."""
+        file = f"{self._controllers}/{controller}/delete_controller"
+        with _unless_gone(f"write {file}"), closing(os.open(file, os.O_WRONLY | os.O_CLOEXEC)) as fd:
+            if self.nqn(controller) == nqn:  # else another one has its name by now; the open file is never that one's
+                os.write(fd, b"1")
 
 
 def path_to(address: str, port: str) -> str:
@@ -166,19 +172,30 @@ def path_to(address: str, port: str) -> str:
 
 
 def _listed(directory: str) -> list[str]:
-    try:
+    with _unless_gone(f"list {directory}"):
         return os.listdir(directory)
-    except OSError:
-        return []
+    return []
 
 
-def _write(file: str, text: str) -> None:
-    try:
-        with system_call(f"write {file}"), closing(os.open(file, os.O_WRONLY | os.O_CLOEXEC)) as fd:
-            os.write(fd, text.encode())
-    except SystemCallFailed as failure:
-        if failure.errno not in (errno.ENOENT, errno.ENODEV, errno.ENOTDIR):
-            raise
+def _text(file: str) -> str:
+    """Return a file of sysfs; empty when it is gone, and only then: what is gone counts as disconnected."""
+    with _unless_gone(f"read {file}"):
+        return os.fsdecode(read_file(file, _SYSFS_BYTES)).rstrip("\n")
+    return ""
+
+
+class _unless_gone:
+    """Ends the block where a file of sysfs is gone; raises other errors as `SystemCallFailed`."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        if isinstance(error, OSError) and error.errno not in NOT_READY:
+            raise SystemCallFailed(self._what, error.errno or 0) from error
+        return isinstance(error, OSError)
 
 
 class Fabrics:

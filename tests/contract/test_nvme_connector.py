@@ -357,6 +357,31 @@ def test_a_disconnect_succeeds_only_when_the_subsystem_has_left(machine: Machine
     assert not machine.node.exists()
 
 
+def test_sysfs_that_cannot_be_read_is_not_taken_for_a_subsystem_that_has_left(
+    machine: Machine, volume: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.connect(machine.export(volume))
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for place in ("csi_driver.host.nvme_host.read_file", "csi_driver.host.nvme_host.os.listdir"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, refuse)
+            with pytest.raises(HostFailure, match="Too many open files"):
+                machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.names() == {NAME}
+    assert machine.node.exists()
+
+
+def test_a_controller_that_got_the_name_of_another_one_is_not_ended_for_it(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    for controller, _ in machine.volumes.sysfs.entries():
+        machine.volumes.sysfs.delete(controller, subsystem_nqn(machine.pool, str(uuid.uuid4()), "1"))
+    assert list(machine.controllers(export).values()) == ["live"]
+
+
 def test_a_later_attachment_ends_the_connection_of_the_earlier_one(machine: Machine, volume: str) -> None:
     old = machine.export(volume)
     machine.connect(old)
@@ -389,7 +414,7 @@ def test_the_keeper_connects_again_when_the_kernel_has_given_up_every_path(machi
     export = machine.export(volume)
     machine.connect(export)
     for controller, _ in machine.volumes.sysfs.entries():
-        machine.volumes.sysfs.delete(controller)
+        machine.volumes.sysfs.delete(controller, export.nqn)
     assert eventually(lambda: machine.controllers(export) == {})
     assert kept_until(machine, machine.io_enabled)
     assert machine.volumes.evidence_of(machine.number()) == volume
@@ -509,7 +534,7 @@ def test_a_connection_without_a_record_is_an_orphan_and_ends_as_one(machine: Mac
     (orphan,) = machine.keeper.orphans()
     assert (orphan.nqn, orphan.number) == (export.nqn, number)
     assert machine.keeper.states().orphans == 1
-    assert machine.volumes.remove_orphan(orphan)
+    machine.volumes.end_subsystem(orphan.nqn, soon())
     assert machine.keeper.orphans() == ()
 
 

@@ -312,11 +312,11 @@ class HostKernel:
 
     # --- sysfs ---
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, nqn: str) -> None:
         self.before_delete(name)
         with self._lock:
             for each in self._controllers():
-                if each.name == name:
+                if (each.name, each.nqn) == (name, nqn):
                     self._remove(each)
 
     def _controllers(self) -> list[_Controller]:
@@ -393,8 +393,8 @@ class _FakeSysfs(Sysfs):
         if file.exists():
             _write(file, value)
 
-    def delete(self, controller: str) -> None:
-        self._kernel.delete(controller)
+    def delete(self, controller: str, nqn: str) -> None:
+        self._kernel.delete(controller, nqn)
 
 
 def _free(prefix: str) -> str:

@@ -178,8 +178,8 @@ class NvmeNode:
         for point in mounts_below(self.path_root):
             subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
         for _ in range(len(self.kernel.subsystems)):
-            for name in [each.name for subsystem in self.kernel.subsystems for each in subsystem.controllers]:
-                self.kernel.delete(name)
+            for each in [each for subsystem in self.kernel.subsystems for each in subsystem.controllers]:
+                self.kernel.delete(each.name, each.nqn)
         self.kernel.close()
 
     # --- calls ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from csi_driver.host.connectors.nvme_records import Connection, Records
 from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
 from csi_driver.host.nvme_keys import NodeKeys
 from csi_driver.host.nvme_target import load_module
-from csi_driver.host_model import ConnectOptions, DeviceNumber, NvmeOrphan, VolumeStatus
+from csi_driver.host_model import ConnectOptions, DeviceNumber, VolumeStatus
 from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, split_path
 from csi_driver.thread_pool import Job, Pool
 
@@ -46,7 +46,7 @@ DELAYED_REMOVAL, DELAYED_REMOVAL_S = "delayed_removal_secs", 60
 write shortens a wait that has begun, and a volume that was taken over cannot be disconnected before its end."""
 IO_TIMEOUT_S, MOST_IO_QUEUES = 600, 4
 _QUEUE_SIZE, _KEEP_ALIVE_S, _RECONNECT_DELAY_S = 128, 5, 2
-_GONE_FIRST_S, _ORPHAN_S = 0.005, 10.0
+_GONE_FIRST_S = 0.005
 _DELETES_AT_ONCE = 8
 _ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)
 _KEY_FAILURES = (errno.ENOKEY, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EKEYREVOKED)
@@ -334,34 +334,21 @@ class NvmeVolumes:
         if not deadline.wait_until(lambda: self.subsystem(nqn) is None, first_s=_GONE_FIRST_S):
             raise DeadlineReached(f"the NVMe subsystem {nqn} to leave the kernel")
 
-    def remove_orphan(self, orphan: NvmeOrphan) -> bool:
-        """End an orphan, whose device is closed, within a few seconds; False when it has not gone by then."""
-        try:
-            self.end_subsystem(orphan.nqn, Deadline.after(_ORPHAN_S, self.clock))
-        except DeadlineReached:
-            return False
-        return True
-
     def start_deletes(self, nqn: str, keep: Collection[str] = ()) -> list[Job[None]]:
         """Start to end all paths but those to `keep`; with none to keep, I/O that waits for a path fails."""
         subsystem, own = self.subsystem(nqn), host_nqn(self.node_id())
         if subsystem is None:
             return []
-        controllers = [each for each in subsystem.controllers if each.host_nqn == own and each.path not in keep]
-        jobs = [self._start_delete(nqn, each.name, fail_waiting=not keep) for each in controllers]
-        if not jobs and not keep:
-            jobs = [self._start(self._deleting, ("fail", nqn), partial(self._fail_waiting, nqn))]
-        return jobs
+        ended = [each.name for each in subsystem.controllers if each.host_nqn == own and each.path not in keep]
+        if not ended and not keep:
+            return [self._start(self._deleting, ("fail", nqn), partial(self._fail_waiting, nqn))]
+        works = ((each, partial(self._delete, nqn, each, is_last=not keep)) for each in ended)
+        return [self._start(self._deleting, ("delete", nqn, each), work) for each, work in works]
 
-    def _start_delete(self, nqn: str, controller: str, *, fail_waiting: bool) -> Job[None]:
-        work = partial(self._delete, nqn, controller, fail_waiting=fail_waiting)
-        return self._start(self._deleting, ("delete", nqn, controller), work)
-
-    def _delete(self, nqn: str, controller: str, *, fail_waiting: bool) -> None:
-        if fail_waiting:
+    def _delete(self, nqn: str, controller: str, *, is_last: bool) -> None:
+        if is_last:
             self._fail_waiting(nqn)
-        if self.sysfs.nqn(controller) == nqn:  # else it has gone since, and another one has its name
-            self.sysfs.delete(controller)
+        self.sysfs.delete(controller, nqn)
 
     def _fail_waiting(self, nqn: str) -> None:
         subsystem = self.subsystem(nqn)
