@@ -28,12 +28,14 @@ COMMANDS = {
     "volume": "Print volumes and their users, or allow that the old data of one is formatted over, once.",
     "version": "Print the version.",
 }
-BESIDE: Mapping[str, Sequence[str]] = {
-    "doctor": ("node", "controller"),
-    "pre-stop": ("node",),
-    "volume": ("node", "controller"),
+BESIDE: Mapping[str, Sequence[Sequence[str]]] = {
+    # A machine with several roles is checked as a node.
+    "doctor": (("node", "controller", "storage"), ("node", "controller")),
+    "pre-stop": (("node",),),
+    "volume": (("node", "controller"),),
 }
-"""Commands that take missing flags from the arguments and environment of a running role."""
+"""Commands that take missing flags from the arguments and environment of a running role: of the first of these sets of
+roles of which one process runs."""
 
 _LOCAL_COMMANDS = ("storage", "local", "demo", "doctor")
 _EXIT_STATUS = """exit status:
@@ -77,7 +79,8 @@ def parse(
     if arguments.command is None:
         raise UsageError([f"no command given; expected one of {', '.join(COMMANDS)}"])
     given = {flag: [text for text in getattr(arguments, flag) or () if text is not None] for flag in flags}
-    running = find_running(BESIDE[name]) if name in BESIDE and not _is_complete(name, given) else None
+    roles = () if _is_complete(name, given) else BESIDE.get(name, ())
+    running = next(filter(None, map(find_running, roles)), None)
     if running is not None:
         # The role's other flags mean nothing to this command.
         named = {flag: each for flag, each in flags.items() if not each.is_positional}

@@ -34,7 +34,7 @@ from csi_driver.settings import (
     state_directory,
 )
 
-NODE, CONTROLLER = "node", "controller"
+NODE, CONTROLLER, STORAGE = "node", "controller", "storage"
 _API_TIMEOUT_S = 4.0
 _INDENT = " " * 28
 
@@ -66,7 +66,7 @@ class Target:
     role: str = flag(
         NODE,
         "--role",
-        choice(NODE, CONTROLLER),
+        choice(NODE, CONTROLLER, STORAGE),
         "Role that is checked.",
         shown="node, or the role that runs here",
     )

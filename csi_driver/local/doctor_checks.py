@@ -24,7 +24,19 @@ from csi_driver.host.connectors.nvmesh import StatusFiles
 from csi_driver.kubernetes.api import ApiFailed, ApiServer
 from csi_driver.local import doctor_node as node
 from csi_driver.local import doctor_nvme as nvme
-from csi_driver.local.doctor import CONTROLLER, NODE, Check, Finding, Target, collect, error, ok, skipped, warning
+from csi_driver.local.doctor import (
+    CONTROLLER,
+    NODE,
+    STORAGE,
+    Check,
+    Finding,
+    Target,
+    collect,
+    error,
+    ok,
+    skipped,
+    warning,
+)
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.clusters import parse_clusters, read_cluster_names
 from csi_driver.management.settings import ManagementSettings
@@ -38,11 +50,13 @@ _RENEW_S = 30 * 86400.0
 _CLOCK_SKEW_S = 30.0
 _DENIED = (401, 403)
 _OF_CONTROLLER = frozenset(["clusters-file", "management", "certificate", "login", "clients", "driver", "clock"])
+_OF_STORAGE = frozenset(["privileges", "loop-devices", "clock", "nvme-kernel", "nvme-exports"])
 _IDS = """kubectl get csinodes -o jsonpath='{range .items[*].spec.drivers[*]}{.name} {.nodeID}{"\\n"}{end}'"""
 
 
 def checks(role: str = NODE) -> tuple[Check, ...]:
-    return tuple(check for check in _CHECKS if role != CONTROLLER or check.name in _OF_CONTROLLER)
+    own = {CONTROLLER: _OF_CONTROLLER, STORAGE: _OF_STORAGE}
+    return tuple(check for check in _CHECKS if role not in own or check.name in own[role])
 
 
 def clusters_file(target: Target) -> Iterator[Finding]:

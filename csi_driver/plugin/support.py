@@ -54,10 +54,8 @@ class Support:
         return driver, [*driver.of("controller"), *driver.of("storage"), *nodes]
 
     def findings(self, driver: Driver, pods: Iterable[Document]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield what the doctor finds in each pod, with the pod's name. A storage manager has no doctor."""
+        """Yield what the doctor finds in each pod, with the pod's name."""
         for pod in pods:
-            if dig(pod, "metadata", "labels", "app.kubernetes.io/component") == "storage":
-                continue
             found = self._doctor(driver, pod)
             self.files[f"pods/{name_of(pod)}/doctor.json"] = _json(bundle.redact(found))
             yield from ((name_of(pod), each) for each in found["findings"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from csi_driver.host_model import RunningRole
 from csi_driver.local.doctor import (
     CONTROLLER,
     NODE,
+    STORAGE,
     Check,
     Find,
     Finding,
@@ -164,6 +165,33 @@ def test_json_has_a_finding_for_each_line() -> None:
 )
 def test_errors_fail_and_warnings_fail_with_strict(find: Find, flags: list[str], status: int) -> None:
     assert printed(*flags, it=find)[0] == status
+
+
+def test_a_storage_manager_is_checked_for_what_it_needs_itself() -> None:
+    names = {check.name for check in checks(STORAGE)}
+    assert {"nvme-exports", "privileges", "clock"} <= names
+    assert not names & {"client", "registration", "management", "nvme-paths"}
+
+
+@pytest.mark.parametrize(
+    ("running", "role"),
+    [
+        (["storage"], STORAGE),
+        (["node"], NODE),
+        (["node", "storage"], NODE),
+        (["node", "controller", "storage"], None),
+        ([], None),
+    ],
+)
+def test_a_machine_with_several_roles_is_checked_as_a_node(running: list[str], role: str | None) -> None:
+    def find(roles: Sequence[str]) -> RunningRole | None:
+        found = [each for each in running if each in roles]
+        return RunningRole(1, found[0], (), {}) if len(found) == 1 else None
+
+    command = parse(["doctor"], {}, find)
+    assert isinstance(command, DoctorCommand)
+    assert command.target.role == (role or NODE)
+    assert (command.target.running is None) is (role is None)
 
 
 def test_a_controller_is_checked_for_the_needs_of_a_controller() -> None:
