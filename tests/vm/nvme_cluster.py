@@ -198,6 +198,7 @@ class NvmeCluster:
         assert reason is None, f"{reason}\n{self.logs()}"
 
     def begin_service(self, node: Node) -> None:
+        node.machine.run("mkdir -p /work/kubelet /dev/nvmesh")
         argv = ["--endpoint", "/run/csi.sock", "--node-name", node.name, "--path-root", "/work/kubelet"]
         argv += ["--state-directory", "/drive/state", "--nvme-directory", "/run/nvmesh-csi/nvme"]
         node.service = node.machine.begin("python", "-m", "csi_driver", "node", *argv)

@@ -63,7 +63,8 @@ class NvmeRig(Rig):
 
     def start(self) -> None:
         """Start the roles and wait until they are ready."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        for place in (self.directory, self.paths):
+            place.mkdir(parents=True, exist_ok=True)
         for role in self.argv:
             self.begin(role)
         for role in self.argv:
