@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.cluster import Cluster
-from tests.integration.rig import REPOSITORY, Rig, loops_over, mounts_below, running
+from tests.integration.rig import REPOSITORY, START_TIMEOUT_S, Rig, loops_over, mounts_below, running
 from tests.reflink_pool import BTRFS, EXT4, XFS, mounted
 
 pytestmark = [
@@ -131,7 +131,7 @@ def run(program: str, rig: Rig | Cluster, *flags: str) -> Report:
         "--ginkgo.no-color",
         *flags,
     ]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=4 * START_TIMEOUT_S, check=False)
     return read(report, done.stdout + done.stderr)
 
 
