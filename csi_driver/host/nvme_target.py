@@ -11,6 +11,7 @@ nobody can connect, and the kernel closes all connections; it gives a socket bac
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import threading
@@ -160,14 +161,13 @@ class NvmeTarget:
         if found == export and not any(self._lacks_keys(host, keys.get(host)) for host in export.hosts):
             return found
         self._refuse_other_content(found, export)
-        if found is None or not self._is_kept(found, export):
+        if found is not None and not self._is_kept(found, export):
             self._cut(export, found)
         self._make_namespace(export)
         for host in sorted(export.hosts):
             self._allow(export.nqn, host, keys.get(host))
         if export.is_linked:
-            for position, address in enumerate(export.addresses):
-                self._open_port(export, position, address)
+            self._open_ports(export)
         made = self._read(export.nqn, self._links_of(export))
         if made is None:
             raise HostFailure(f"export {export.nqn} was removed meanwhile by another program; retry")
@@ -247,14 +247,18 @@ class NvmeTarget:
             <= {(_port_number(export.port, at), export.port, each) for at, each in enumerate(export.addresses)}
         )
 
-    def _cut(self, export: TargetExport, found: TargetExport | None) -> None:
+    def _cut(self, export: TargetExport, found: TargetExport) -> None:
         """Close all connections and wait until no I/O runs; then nobody can connect."""
         self._close_ports(export)
-        if found is not None:
-            for host in found.hosts - export.hosts - {_ANY_HOST}:
-                self._forbid(export.nqn, host)
-            if not (export.is_enabled and found.hosts & export.hosts):
-                self._disable(export.nqn)  # it waits for running I/O by itself; a host that stays would lose its device
+        for host in found.hosts - export.hosts - {_ANY_HOST}:
+            self._forbid(export.nqn, host)
+        if not (export.is_enabled and found.hosts & export.hosts):
+            self._disable(export.nqn)  # it waits for running I/O by itself; a host that stays would lose its device
+        if export.is_enabled:
+            self._await_closed(export)
+
+    def _await_closed(self, export: TargetExport) -> None:
+        """Wait until the connections are gone: they could go on in an enabled namespace."""
         running: list[str] = []
 
         def is_drained() -> bool:
@@ -337,6 +341,19 @@ class NvmeTarget:
             self.files.protect(path)
             if key:
                 self._set(path, key)
+
+    def _open_ports(self, export: TargetExport) -> None:
+        """Open the port at each address. An address that this machine does not have now closes no other."""
+        missing = None
+        for position, address in enumerate(export.addresses):
+            try:
+                self._open_port(export, position, address)
+            except SystemCallFailed as failure:
+                if failure.errno != errno.EADDRNOTAVAIL:
+                    raise
+                missing = failure
+        if missing is not None:
+            raise missing
 
     def _open_port(self, export: TargetExport, position: int, address: str) -> None:
         number = _port_number(export.port, position)

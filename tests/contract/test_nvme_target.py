@@ -31,6 +31,7 @@ from tests.fakes.nvme_kernel import Controller, NvmeKernel
 MIB = 1 << 20
 HAS_KERNEL = bool(os.environ.get("NVMESH_CSI_VM"))
 ONE, OTHER, THIRD = (host_nqn(name) for name in ("node-1", "node-2", "node-3"))
+ELSEWHERE = "192.0.2.77"
 _SECRET = bytes(range(32))
 KEY = f"DHHC-1:00:{base64.b64encode(_SECRET + zlib.crc32(_SECRET).to_bytes(4, 'little')).decode()}:"
 
@@ -84,6 +85,19 @@ class World:
             made = RawHost(address, export.port, export.nqn, host)
         self.hosts.append(made)
         return made
+
+    @contextlib.contextmanager
+    def address(self, address: str) -> Iterator[None]:
+        """Give the machine one more address."""
+        if self.kernel is not None:
+            self.kernel.addresses.add(address)
+            yield
+            return
+        subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=True)
 
     def files(self) -> Configfs:
         return self.target.files
@@ -388,8 +402,21 @@ def test_a_port_that_another_program_uses_is_told(world: World) -> None:
 
 def test_an_address_of_another_machine_is_told(world: World) -> None:
     with pytest.raises(SystemCallFailed) as failure:
-        world.target.apply(world.export(ONE, addresses=("192.0.2.77",)))
+        world.target.apply(world.export(ONE, addresses=(ELSEWHERE,)))
     assert failure.value.errno == errno.EADDRNOTAVAIL
+
+
+def test_an_address_that_is_missing_closes_no_other(world: World) -> None:
+    """As after a restart with a network that is down; the address is opened later, and cuts nobody off."""
+    export = world.export(ONE, addresses=(ELSEWHERE, "127.0.0.1"))
+    with pytest.raises(SystemCallFailed):
+        world.target.apply(export)
+    host = world.connect(export, ONE)
+    with world.address(ELSEWHERE):
+        assert world.target.apply(export) == export
+        host.write(0, block(1))
+        assert refusal(world, export, ONE, ELSEWHERE) is None
+        world.target.withdraw(export)
 
 
 def test_two_exports_cannot_have_one_port(world: World) -> None:

@@ -41,7 +41,7 @@ class Machine:
         self.kernel.before_change = self.look
 
     def export(self, hosts: tuple[str, ...]) -> TargetExport:
-        return TargetExport(self.nqn, VOLUME, self.file, 23001, ADDRESSES, frozenset(hosts))
+        return TargetExport(self.nqn, VOLUME, self.file, 23001, ADDRESSES, frozenset(hosts), is_enabled=bool(hosts))
 
     def look(self, change: str) -> None:
         if any(self.nqn in port.subsystems for port in self.kernel.ports.values()):
@@ -49,7 +49,7 @@ class Machine:
             assert any(allowed <= hosts for hosts in self.may), f"before {change}"
             namespace = self.kernel.namespace(self.nqn)
             assert namespace is not None, f"before {change}"
-            assert namespace.is_enabled, f"before {change}"
+            assert namespace.is_enabled or not allowed, f"before {change}"
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
