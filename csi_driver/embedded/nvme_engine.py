@@ -353,7 +353,10 @@ class NvmeEngine:
         found, port = self._exports[pair], self._exports[pair].target.port
         use = _Use.ENDED
         if not found.is_cut:
-            use = self._use(found.target.nqn, self.target.connections((port,)).get(port, ()))
+            connections = self.target.connections((port,)).get(port, ())
+            use = self._use(found.target.nqn, connections)
+            if any(each.is_live for each in connections):
+                self._silent[client] = self.clock.monotonic()  # it may have returned since the last look
         if use is _Use.CONNECTED:
             return False
         if row_stays:
