@@ -297,9 +297,18 @@ class LinuxDevices:
         except OSError:
             return set()
 
+    def _nodes_of_clients(self) -> set[str]:
+        """Return the names of present device nodes that are of no connection, with a record or without."""
+        nodes = self._nodes() - self.connected()
+        if self._nvme is None:
+            return nodes
+        numbers = {name: block_devices.node_number(self._root / name) for name in nodes}
+        present = {name: number for name, number in numbers.items() if number and block_devices.size_bytes(number)}
+        return {name for name, number in present.items() if self._nvme.evidence_of(number) is None}
+
     def client(self) -> StorageClient:
         """Return the state of the storage client; hidden attachments, without a device, lower the limit of volumes."""
-        client, devices = self._status.client(), self._nodes() - self.connected()
+        client, devices = self._status.client(), self._nodes_of_clients()
         limit = client.volume_limit
         if limit:
             limit = max(1, limit - len(self._status.shown() - devices))

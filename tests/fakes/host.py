@@ -152,8 +152,8 @@ class FakeHost:
         self.table.clear()
         self.readers.clear()
         self.mappers.clear()
-        for name in self.connections:
-            self.detach(name)
+        for name in self.connections.keys() & self.disks.keys():
+            self.detach(name).opened_by_others = 0
         self.connections.clear()
         for disk in self.disks.values():
             disk.claimed = None

@@ -346,6 +346,8 @@ def test_a_connected_device_whose_record_is_lost_is_not_written(
     assert device is not None
     shutil.rmtree(node.root / "registry")
     node.restart()
+    # Its device node is no sign of a storage client that is to come back: the node keeps its id.
+    assert (node.devices.client().is_expected, node.devices.client().connects) == (False, True)
     with pytest.raises(PreconditionFailed, match="nothing on this machine"), node.devices.open(device, write=True):
         pass
 
