@@ -46,6 +46,19 @@ def soon() -> Deadline:
     return Deadline.after(WAIT_S)
 
 
+class HandClock:
+    """The keeper's clock: each of its rounds is a second later."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
 class Machine:
     """A target and a host on one machine."""
 
@@ -55,13 +68,14 @@ class Machine:
         self.pool = str(uuid.uuid4())
         self.target = NvmeTarget() if kernel is None else NvmeTarget(kernel.target.configfs, kernel.target.connections)
         self.devices = directory / "dev"
+        self.clock = HandClock()
         self.volumes, self.keeper = self.restarted()
         self._exports: list[TargetExport] = []
 
     def restarted(self) -> tuple[NvmeVolumes, PathKeeper]:
         """The node after a restart of its program."""
         halves = {} if self.kernel is None else {"fabrics": self.kernel.fabrics, "sysfs": self.kernel.sysfs}
-        volumes = NvmeVolumes(lambda: NODE, self.devices, self.directory / "registry", **halves)  # type: ignore[arg-type]
+        volumes = NvmeVolumes(lambda: NODE, self.devices, self.directory / "registry", clock=self.clock, **halves)  # type: ignore[arg-type]
         self.volumes, self.keeper = volumes, PathKeeper(volumes)
         return volumes, self.keeper
 
@@ -94,6 +108,10 @@ class Machine:
     @property
     def node(self) -> Path:
         return self.devices / NAME
+
+    def keep(self) -> None:
+        self.clock.sleep(1)
+        self.keeper.keep()
 
     def number(self) -> DeviceNumber:
         found = node_number(self.node)
@@ -160,7 +178,7 @@ def kept_until(machine: Machine, claim: Callable[[], bool]) -> bool:
     """Tell if the claim comes true while the keeper makes its rounds."""
 
     def look() -> bool:
-        machine.keeper.keep()
+        machine.keep()
         return claim()
 
     return eventually(look)
@@ -404,7 +422,7 @@ def test_a_path_whose_target_goes_and_comes_back_is_connected_again(machine: Mac
     machine.target.apply(replace(export, is_linked=False))
     machine.target.apply(replace(export, is_linked=False))
     assert eventually(lambda: not machine.io_enabled())
-    machine.keeper.keep()
+    machine.keep()
     assert machine.number() == number
     machine.target.apply(export)
     assert kept_until(machine, machine.io_enabled)
@@ -424,7 +442,7 @@ def test_the_keeper_connects_again_when_the_kernel_has_given_up_every_path(machi
 def test_the_keeper_knows_a_lost_controller_from_another_one_of_its_name(machine: Machine, volume: str) -> None:
     export, other = machine.export(volume), machine.export(str(uuid.uuid4()))
     machine.connect(export)
-    machine.keeper.keep()
+    machine.keep()
     names = {name for name, _ in machine.volumes.sysfs.entries()}
     machine.volumes.end_subsystem(export.nqn, soon())
     machine.connect(other, name="csi-other")
@@ -440,8 +458,8 @@ def test_a_volume_that_was_taken_over_is_marked_and_never_connected_again(machin
     assert machine.keeper.states().volumes == {"fenced": 1}
     machine.target.apply(export)
     machine.restarted()
-    machine.keeper.keep()
-    machine.keeper.keep()
+    machine.keep()
+    machine.keep()
     assert eventually(lambda: machine.controllers(export) == {})
     assert not machine.io_enabled()
     assert machine.keeper.states().reconnects == 0
@@ -458,6 +476,16 @@ def test_a_path_that_is_not_published_any_more_is_closed(machine: Machine, volum
     assert first not in machine.controllers(export)
 
 
+def test_the_keeper_leaves_a_path_to_the_stage_that_connects_it(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.volumes.end_subsystem(export.nqn, soon())
+    machine.keep()
+    assert machine.controllers(export) == {}
+    machine.keep()
+    assert machine.controllers(export) != {}
+
+
 @only_fake
 def test_the_keeper_reads_one_directory_and_one_file_for_each_path_when_nothing_is_wrong(
     machine: Machine, volume: str
@@ -465,10 +493,10 @@ def test_the_keeper_reads_one_directory_and_one_file_for_each_path_when_nothing_
     export = machine.export(volume, addresses=(V4, V6))
     machine.connect(export)
     assert kept_until(machine, lambda: len(machine.controllers(export)) == 2)
-    machine.keeper.keep()
+    machine.keep()
     reads = kernel_of(machine).reads
     reads.clear()
-    machine.keeper.keep()
+    machine.keep()
     assert sorted(reads) == ["entries", "nvme0/state", "nvme1/state"]
 
 
@@ -498,8 +526,9 @@ def test_a_volume_that_another_program_of_the_node_has_disconnected_is_not_conne
     keeper.keep()
     machine.restarted()
     machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
-    keeper.keep()
-    keeper.keep()
+    for _ in range(3):
+        machine.clock.sleep(1)
+        keeper.keep()
     assert first.names() == frozenset()
     assert first.sysfs.find(export.nqn) is None
 
@@ -551,7 +580,7 @@ def test_a_disconnect_that_was_interrupted_is_finished_by_the_repeated_one(machi
     machine.connect(export)
     machine.volumes.records.put(replace(machine.volumes.records.all()[NAME], is_ending=True))
     machine.restarted()
-    machine.keeper.keep()
+    machine.keep()
     machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
     assert machine.volumes.sysfs.find(export.nqn) is None
     assert not machine.node.exists()
@@ -572,8 +601,8 @@ def test_a_restart_keeps_a_connected_volume_as_it_is(machine: Machine, volume: s
     machine.connect(machine.export(volume))
     number, entries = machine.number(), machine.volumes.sysfs.entries()
     machine.restarted()
-    machine.keeper.keep()
-    machine.keeper.keep()
+    machine.keep()
+    machine.keep()
     assert machine.io_enabled()
     assert (machine.number(), machine.volumes.sysfs.entries()) == (number, entries)
 
@@ -690,8 +719,8 @@ def test_the_keeper_does_not_wait_for_a_connect_that_hangs(machine: Machine, vol
     machine.volumes.end_subsystem(export.nqn, soon())
     kernel_of(machine).before_connect = hanging
     machine.keeper.round_s = 0.1
-    machine.keeper.keep()
-    machine.keeper.keep()
+    for _ in range(4):
+        machine.keep()
     assert len(hanging.calls) == 1
     hanging.let_go.set()
     assert kept_until(machine, machine.io_enabled)

@@ -10,6 +10,7 @@ connected again, so that nothing is flushed.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from concurrent.futures import wait
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class PathKeeper:
         is_whole = live == set(record.export.paths) and len(shown) == len(controllers) == len(live)
         if self._has_node(record) and is_whole:
             self._settled[record.name] = record, shown
+            self._pauses = {key: each for key, each in self._pauses.items() if key[0] != record.name}
         return self._due(record, {each.path for each in controllers})
 
     def _has_node(self, record: Connection) -> bool:
@@ -87,9 +89,13 @@ class PathKeeper:
             return False
 
     def _due(self, record: Connection, present: set[str]) -> list[str]:
+        """Return the missing paths to connect; not at the first look, as a stage may just connect them."""
         now_s = self.volumes.clock.monotonic()
-        absent = (path for path in record.export.paths if path not in present)
-        return [path for path in absent if self._pauses.get((record.name, path), (0.0, 0.0))[0] <= now_s]
+        keys = [(record.name, path) for path in record.export.paths if path not in present]
+        due = [path for name, path in keys if self._pauses.get((name, path), (math.inf,))[0] <= now_s]
+        for key in keys:
+            self._pauses.setdefault(key, (now_s, _FIRST_PAUSE_S))
+        return due
 
     def _connect(self, missing: list[tuple[Connection, str]]) -> None:
         answered = self.volumes.fabrics.probe({path for _, path in missing}, PROBE_S, PROBE_S)
@@ -107,7 +113,6 @@ class PathKeeper:
     def _finished(self, record: Connection, path: str, failure: BaseException | None) -> None:
         if failure is None:
             self.reconnects += 1
-            self._pauses.pop((record.name, path), None)
             _LOG.info("volume %s is connected again at %s", record.name, path)
             self._has_node(record)
             return
@@ -117,7 +122,7 @@ class PathKeeper:
             self.volumes.mark_refused(record)
 
     def _failed(self, record: Connection, path: str) -> None:
-        _, pause_s = self._pauses.get((record.name, path), (0.0, _FIRST_PAUSE_S))
+        _, pause_s = self._pauses[record.name, path]
         until_s = self.volumes.clock.monotonic() + pause_s
         self._pauses[record.name, path] = until_s, min(pause_s * 2, _LONGEST_PAUSE_S)
 
