@@ -79,14 +79,15 @@ class Storage:
     def connect_to(self, node: str, nqn: str, path: str) -> Controller:
         return self.kernel.connect(nqn, host_nqn(node), *split_path(path))
 
-    def pass_time(self, seconds: float) -> None:
+    def pass_time(self, seconds: float, step_s: float = 2.0) -> None:
         """Let time pass, with the looks and the background work of the manager."""
         end_s = self.clock.now_s + seconds
         exports = self.manager.server.exports
         assert exports is not None
         while self.clock.now_s < end_s:
-            self.clock.now_s += min(2.0, end_s - self.clock.now_s)
+            self.clock.now_s += min(step_s, end_s - self.clock.now_s)
             self.manager.server.attacher.look(exports)
+            self.manager.server.attacher.check()
             self.manager.server.worker.run_due()
 
     def refused(self, node: str, export: Json) -> int:
@@ -300,6 +301,8 @@ def test_a_preempted_node_loses_its_io_at_once(storage: Storage) -> None:
     assert not old.is_live
     assert storage.refused("first", export) == errno.EIO
     assert storage.manager.report("data", "first")["vol_status"] == DENIED
+    storage.pass_time(10)
+    assert not any(host_nqn("first") in each.allowed_hosts for each in storage.kernel.subsystems.values())
     assert storage.manager.report("data", "second")["ioEnabled"] == 1
 
 
@@ -309,12 +312,12 @@ def test_a_node_that_was_cut_off_never_reaches_the_volume_by_its_old_name(storag
     export = storage.export("first")
     storage.connect("first")
     storage.take_over("second", detach=False)
-    storage.manager.detach("data", "second")
-    storage.manager.attach("data", "third", mode=SHARED)
+    assert storage.take_over("third", SHARED, detach=False)["success"]
     for _ in range(2):
         storage.pass_time(10)
         assert storage.refused("first", export) == errno.EIO
         storage.restart()
+    assert storage.export("first")["nqn"] != export["nqn"], "it is allowed again"
     storage.reboot()
     assert storage.refused("first", export) in (errno.ECONNREFUSED, errno.EIO)
 
