@@ -76,11 +76,12 @@ class _Use(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Export:
-    """`inode`: of its file, 0 = unknown. `is_whole`: the kernel has it so; else it may have a part of it."""
+    """`inode`: of its file, 0 = unknown. `is_open`: its node can connect. `is_whole`: the kernel has all of it."""
 
     target: TargetExport
     inode: int
     is_whole: bool
+    is_open: bool
     keys: HostKeys | None = None
 
     @property
@@ -135,7 +136,8 @@ class NvmeEngine:
                 # The path may be that of an earlier container: the row has the inode.
                 wanted = self._wanted(row, found.file)
                 known = found if found.is_linked else replace(found, port=row.port, addresses=wanted.addresses)
-                self._put((row.client, row.uuid), _Export(known, row.inode, is_whole=found == wanted))
+                is_open = found.is_linked and found.is_enabled
+                self._put((row.client, row.uuid), _Export(known, row.inode, found == wanted, is_open))
                 if not found.is_linked and not row.is_attaching:
                     self._unproven.discard(found.nqn)  # it was being withdrawn
                 continue
@@ -144,7 +146,7 @@ class NvmeEngine:
                 self.worker.soon(*self._withdrawing(found))
             elif found.hosts:
                 self._unproven.add(found.nqn)
-                self._put((found.nqn, volume_of(found.nqn)), _Export(found, 0, is_whole=True))
+                self._put((found.nqn, volume_of(found.nqn)), _Export(found, 0, is_whole=True, is_open=True))
             else:
                 self.worker.later(*self._withdrawing(found), REFUSED_S)
         return {self._copy_of(row).name for row in rows}
@@ -219,7 +221,7 @@ class NvmeEngine:
             target.file,
             is_cut=found.is_cut,
             is_private=self._is_private(target),
-            export=NvmeExport(target.nqn, paths) if found.is_whole and not found.is_cut else None,
+            export=NvmeExport(target.nqn, paths) if found.is_open and not found.is_cut else None,
         )
 
     def _is_private(self, target: TargetExport) -> bool:
@@ -235,7 +237,7 @@ class NvmeEngine:
         return is_same and not found.is_cut
 
     def counts(self) -> ExportCounts:
-        exported = sum(found.is_whole and not found.is_cut for found in list(self._exports.values()))
+        exported = sum(found.is_open and not found.is_cut for found in list(self._exports.values()))
         rows = sum(row.is_attaching and self._is_node(row.client) for row in self.store.everywhere(ATTACHMENTS))
         low, high = self.settings.export_ports
         free = high - low + 1 - sum(low <= port <= high for port in list(self._used))
@@ -268,7 +270,7 @@ class NvmeEngine:
             row = self._change(wanted, lambda row: self._placed(row, inode, volume.bytes))
         # From here on the node may have I/O, whatever the kernel answers.
         pair = wanted.client, wanted.uuid
-        self._put(pair, _Export(self._wanted(row, file), inode, is_whole=False))
+        self._put(pair, _Export(self._wanted(row, file), inode, is_whole=False, is_open=False))
         self._apply(pair)
 
     def _placed(self, row: Attachment, inode: int, size_bytes: int) -> Attachment:
@@ -288,21 +290,31 @@ class NvmeEngine:
         return self.store.write(put)
 
     def _apply(self, pair: Pair) -> None:
-        found, keys = self._exports[pair], self.keys.get(pair[0])
+        found, keys, is_whole = self._exports[pair], self.keys.get(pair[0]), True
         try:
             self.target.apply(found.target, {} if keys is None else {host_nqn(pair[0]): keys})
         except SystemCallFailed as problem:
             if problem.errno == errno.EADDRINUSE and not self._was_shown(pair):
                 # Another program has the port, which no node knows yet.
                 self._renew(pair)
-                self.target.withdraw(found.target)
-                self._forget(pair)
-            raise
-        if self._inode_here(found.target) != found.inode:
-            self.target.withdraw(found.target)
-            self._forget(pair)
+                self._take_back(pair)
+            if problem.errno != errno.EADDRNOTAVAIL or not self._is_linked(found.target.nqn):
+                raise
+            if not found.is_open:
+                _log.warning("%s; retried, and until then nodes use the other addresses", problem)
+            is_whole = False
+        if not found.is_open and self._inode_here(found.target) != found.inode:
+            self._take_back(pair)
             raise HostFailure(f"{found.target.file} was replaced while it was being exported; retried")
-        self._put(pair, replace(found, is_whole=True, keys=keys))
+        self._put(pair, replace(found, is_whole=is_whole, is_open=True, keys=keys))
+
+    def _take_back(self, pair: Pair) -> None:
+        """Undo a new export, which no node knows."""
+        self.target.withdraw(self._exports[pair].target)
+        self._forget(pair)
+
+    def _is_linked(self, nqn: str) -> bool:
+        return any(each.nqn == nqn and each.is_linked for each in self.target.exported(self._pool_uuid))
 
     def _was_shown(self, pair: Pair) -> bool:
         report = self.store.get(REPORTS, pair[1], pair[0])

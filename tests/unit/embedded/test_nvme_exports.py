@@ -526,6 +526,65 @@ def test_a_port_that_a_node_knows_stays(storage: Storage) -> None:
     storage.connect_to("worker", export["nqn"], export["paths"][0])
 
 
+def test_an_address_that_is_missing_keeps_nobody_from_the_other_one(tmp_path: Path) -> None:
+    storage = Storage(tmp_path, addresses=("127.0.0.1", "::1"))
+    storage.manager.save("data")
+    storage.kernel.addresses.discard("127.0.0.1")
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    nqn, paths = storage.export("worker")["nqn"], storage.export("worker")["paths"]
+    controller = storage.connect_to("worker", nqn, paths[1])
+    storage.kernel.addresses.add("127.0.0.1")
+    storage.pass_time(10)
+    storage.connect_to("worker", nqn, paths[0])
+    assert controller.is_live
+    storage.manager.server.stop()
+
+
+def test_an_export_without_any_of_its_addresses_is_not_offered(storage: Storage) -> None:
+    storage.kernel.addresses.clear()
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    assert storage.manager.report("data", "worker") is None
+    storage.kernel.addresses.add("127.0.0.1")
+    storage.pass_time(10)
+    storage.connect("worker")
+
+
+def test_a_file_that_is_replaced_while_it_is_exported_is_not_given_to_the_node(storage: Storage) -> None:
+    def replaced(change: str) -> None:
+        if change.endswith("/enable 1") and storage.file().stat().st_size > 4096:
+            storage.file().rename(storage.file().with_suffix(".away"))
+            storage.file().write_bytes(BLOCK)
+
+    storage.kernel.before_change = replaced
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    assert (storage.manager.report("data", "worker"), storage.kernel.subsystems) == (None, {})
+
+
+def test_an_attachment_costs_the_same_however_many_there_are(storage: Storage) -> None:
+    """Counted: reads and changes of the kernel's target. The first one makes the node's host."""
+    calls: list[str] = []
+    files = storage.kernel.configfs
+
+    def counted(name: str) -> None:
+        real = getattr(files, name)
+
+        def call(*given: str) -> object:
+            calls.append(name)
+            return real(*given)
+
+        setattr(files, name, call)
+
+    for name in ("read", "write", "names", "has", "make", "remove", "link", "unlink"):
+        counted(name)
+    costs = []
+    for number in range(30):
+        storage.manager.save(f"v{number}")
+        calls.clear()
+        storage.manager.attach(f"v{number}", "worker", mode=EXCLUSIVE)
+        costs.append(len(calls))
+    assert len(set(costs[1:])) == 1, costs
+
+
 # --- whether to export ------------------------------------------------------------------------------------------
 
 
