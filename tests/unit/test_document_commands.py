@@ -53,6 +53,7 @@ HELM: Mapping[str, frozenset[str]] = {
         "install": _OF_A_RELEASE,
         "upgrade": _OF_A_RELEASE,
         "template": f"{_OF_A_RELEASE} --api-versions",
+        "rollback": "--namespace -n",
         "uninstall": "--namespace -n",
         "get": "--namespace -n",
         "test": "--namespace -n --logs --timeout",

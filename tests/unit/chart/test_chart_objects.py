@@ -332,3 +332,8 @@ def test_only_a_rolling_update_has_terms() -> None:
     terms = rolling.one("DaemonSet", "node")["spec"]["updateStrategy"]["rollingUpdate"]
     assert terms == {"maxUnavailable": "10%", "maxSurge": 0}
     assert rolling.one("Deployment", "controller")["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 1
+
+
+def test_a_storage_pod_that_fails_is_replaced_when_the_values_are_corrected() -> None:
+    """With Kubernetes' default, OrderedReady, an update waits for the failing pod for ever."""
+    assert render(*EMBEDDED).one("StatefulSet", "-storage")["spec"]["podManagementPolicy"] == "Parallel"
