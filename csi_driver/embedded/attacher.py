@@ -221,7 +221,7 @@ class Attacher:
         volume, client = self.store.get(VOLUMES, wanted.volume), wanted.client
         if volume is None or volume.uuid != wanted.uuid:
             return True
-        if not volume.reservation.allows(client, wanted.mode):
+        if not _may_use(engine, volume, wanted):
             # A preempted client does not get its device back.
             is_settled = self._cut_off(engine, client, volume, wanted)
             self.clients.report(wanted, RESERVATION_DENIED, io_enabled=0)
@@ -293,7 +293,7 @@ class Attacher:
         if hold is None or hold.is_cut:
             return True
         theirs = self.store.get(ATTACHMENTS, volume.uuid, other)
-        if theirs is not None and volume.reservation.allows(other, theirs.mode):
+        if theirs is not None and _may_use(engine, volume, theirs):
             return True
         if (theirs is None or not theirs.is_attaching) and not self.is_down(other):
             return False
@@ -390,3 +390,13 @@ class Attacher:
     def _after_release(self, hold: Hold, client: str, identity: str) -> None:
         if hold.is_private:
             self._remove_copies([self._copy_of(identity, client)])
+
+
+def _may_use(engine: Engine | None, volume: Volume, wanted: Attachment) -> bool:
+    """Return whether the reservation allows an attachment.
+
+    A later reservation of the same mode does not renew that of a node: its kernel may have writes from before.
+    """
+    if engine is None or engine.needs_client:
+        return volume.reservation.allows(wanted.client, wanted.mode)
+    return volume.reservation.covers(wanted)

@@ -14,24 +14,20 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from csi_driver.controller.fencing import UnpublishVolume
 from csi_driver.controller.ports import PublishRequest
 from csi_driver.controller.publish import PublishVolume
 from csi_driver.deadline import Deadline
-from csi_driver.errors import DriverError, ServerUnreachable
-from csi_driver.management.client import ManagementClient
-from csi_driver.management.failover import ManagementServers
-from csi_driver.management.requests import Requests
-from csi_driver.management.transport import Request
+from csi_driver.errors import DriverError
 from csi_driver.model import DEFAULT_ZONE, AccessMode, BlockAccess, Capability
 from csi_driver.nvme_model import NvmeExport, host_nqn, split_path
 from csi_driver.settings import AttachSettings
+from tests.contract.direct_management import DirectClient
 from tests.fakes.management import FakeClusters
 from tests.fakes.nvme_kernel import Controller
 from tests.unit.embedded.test_nvme_exports import Storage
@@ -66,24 +62,6 @@ class Link:
         return self.controller is not None and self.controller.is_live
 
 
-class Direct:
-    """Requests go to the manager that runs now, without a socket."""
-
-    def __init__(self, storage: Storage, before: Callable[[], None]) -> None:
-        self.storage, self.before = storage, before
-
-    def send(self, request: Request, deadline: Deadline) -> object:
-        self.before()
-        if deadline.expired():
-            raise ServerUnreachable("direct", "no time is left", timed_out=True)
-        return self.storage.manager.send(request.method, request.path, request.body or b"")
-
-
-class DirectClient(ManagementClient):
-    def __init__(self, servers: Direct) -> None:
-        Requests.__init__(self, cast(ManagementServers, servers))
-
-
 class Lab(RuleBasedStateMachine):
     """Storage, controllers and nodes. `capability`: of all publications."""
 
@@ -95,7 +73,7 @@ class Lab(RuleBasedStateMachine):
         self.storage = Storage(self.directory)
         self.storage.manager.save("data")
         self.volume_id = f"{DEFAULT_ZONE}:data:{self.storage.manager.uuid('data')}"
-        clusters = FakeClusters(DirectClient(Direct(self.storage, self._at_request)))
+        clusters = FakeClusters(DirectClient(self.storage, self._at_request))
         attach = AttachSettings()
         self.controllers = [(PublishVolume(clusters, attach), UnpublishVolume(clusters, attach)) for _ in range(2)]
         self.links: dict[str, list[Link]] = {node: [] for node in NODES}
@@ -323,7 +301,9 @@ class SharedLab(Lab):
     def _wrote(self, link: Link) -> None: ...
 
 
-TestOneWriter = Lab.TestCase
-TestOneWriter.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-TestSharedVolume = SharedLab.TestCase
-TestSharedVolume.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+def test_no_write_comes_after_the_volume_was_given_to_another_node() -> None:
+    run_state_machine_as_test(Lab, settings=settings(max_examples=40, stateful_step_count=25, deadline=None))
+
+
+def test_a_node_of_a_shared_volume_writes_to_its_present_attachment_alone() -> None:
+    run_state_machine_as_test(SharedLab, settings=settings(max_examples=20, stateful_step_count=25, deadline=None))

@@ -317,9 +317,27 @@ def test_a_node_that_was_cut_off_never_reaches_the_volume_by_its_old_name(storag
         storage.pass_time(10)
         assert storage.refused("first", export) == errno.EIO
         storage.restart()
-    assert storage.export("first")["nqn"] != export["nqn"], "it is allowed again"
+    assert storage.manager.report("data", "first")["vol_status"] == DENIED
+    storage.manager.attach("data", "first", mode=SHARED)
+    assert storage.export("first")["nqn"] != export["nqn"], "it is attached again"
     storage.reboot()
     assert storage.refused("first", export) in (errno.ECONNREFUSED, errno.EIO)
+
+
+def test_a_node_that_was_preempted_before_a_restart_of_the_machine_is_not_exported_by_its_old_name(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine goes down after the request is recorded and before the node is cut off."""
+    storage.manager.attach("data", "first", mode=SHARED)
+    export = storage.export("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.manager.server.attacher, "settle_all", lambda pairs: None)
+        storage.take_over("second", detach=False)
+        storage.take_over("third", SHARED, detach=False)
+    storage.reboot()
+    assert storage.refused("first", export) == errno.ECONNREFUSED
+    assert storage.manager.report("data", "first")["vol_status"] == DENIED
+    assert storage.manager.report("data", "third")["ioEnabled"] == 1
 
 
 def test_nodes_that_share_a_volume_have_exports_of_their_own(storage: Storage) -> None:
