@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ import pytest
 
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.http_requests import HttpRequest, HttpResponse
-from csi_driver.nvme_model import host_uuid, is_dhchap_key, new_dhchap_key
+from csi_driver.nvme_model import host_nqn, host_uuid, is_dhchap_key, new_dhchap_key, split_path
+from tests.fakes.nvme_kernel import Controller
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, Manager, running, settings_in
+from tests.unit.embedded.test_nvme_exports import Storage
 
 NODE = "worker-1"
 TOKEN = "join-me-with-this-token"
@@ -194,6 +197,85 @@ def test_a_file_of_keys_that_cannot_be_read_is_named_and_not_replaced(
     assert status == 500
     assert str(file) in answer["error"]["message"]
     assert file.read_text() == content
+
+
+# --- on exports -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def storage(tmp_path: Path, settings: StorageSettings) -> Iterator[Storage]:
+    """A manager that exports, with keys that are required."""
+    storage = Storage(tmp_path)
+    given = replace(storage.settings, authentication="required", join_token_file=settings.join_token_file)
+    storage.settings = given
+    storage.restart()
+    storage.manager.save("data")
+    yield storage
+    storage.manager.server.stop()
+
+
+def connect(storage: Storage, key: str) -> Controller:
+    export = storage.export(NODE)
+    return storage.kernel.connect(export["nqn"], host_nqn(NODE), *split_path(export["paths"][0]), key=key)
+
+
+def refusal(storage: Storage, key: str) -> int:
+    with pytest.raises(OSError) as refused:  # noqa: PT011
+        connect(storage, key)
+    return refused.value.errno or 0
+
+
+def test_a_node_connects_with_its_key_alone_and_the_export_has_its_own(storage: Storage) -> None:
+    own = controller_key(storage.manager)
+    storage.manager.attach("data", NODE)
+    assert refusal(storage, "") == errno.ENOKEY
+    assert refusal(storage, new_dhchap_key()) == errno.EKEYREJECTED
+    assert connect(storage, KEY).is_live
+    assert storage.kernel.hosts[host_nqn(NODE)] == {"dhchap_key": KEY, "dhchap_ctrl_key": own}
+
+
+def test_a_new_key_is_asked_for_from_its_registration_on(storage: Storage) -> None:
+    controller_key(storage.manager)
+    storage.manager.attach("data", NODE)
+    new = new_dhchap_key()
+    controller_key(storage.manager, key=new)
+    assert refusal(storage, KEY) == errno.EKEYREJECTED
+    assert connect(storage, new).is_live
+
+
+def test_the_key_of_a_node_with_a_connection_stays_until_that_ends(storage: Storage) -> None:
+    controller_key(storage.manager)
+    storage.manager.attach("data", NODE)
+    live, new = connect(storage, KEY), new_dhchap_key()
+    assert register(storage.manager, key=new)[0] == 409
+    assert live.is_live
+    storage.kernel.disconnect(live)
+    assert register(storage.manager, key=new)[0] == 200
+
+
+def test_a_connected_node_that_registers_its_first_key_stays_connected(tmp_path: Path, storage: Storage) -> None:
+    required = storage.settings
+    storage.restart(replace(required, authentication="off"))
+    storage.manager.attach("data", NODE)
+    live = connect(storage, "")
+    controller_key(storage.manager)
+    assert live.is_live
+    storage.restart(required)
+    assert live.is_live
+    assert refusal(storage, "") == errno.ENOKEY
+    assert connect(storage, KEY).is_live
+
+
+def test_a_restart_of_the_machine_exports_to_nobody_without_a_key_where_keys_are_required(storage: Storage) -> None:
+    required = storage.settings
+    storage.restart(replace(required, authentication="off"))
+    storage.manager.attach("data", NODE)
+    export = storage.export(NODE)
+    storage.settings = required
+    storage.reboot()
+    assert storage.refused(NODE, export) == errno.ECONNREFUSED
+    controller_key(storage.manager)
+    assert connect(storage, KEY).is_live
 
 
 def test_neither_answers_nor_the_log_have_a_secret(manager: Manager, caplog: pytest.LogCaptureFixture) -> None:
