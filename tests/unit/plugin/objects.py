@@ -119,11 +119,16 @@ def stored(name: str = "csi-1", uuid: str = UUID, *, handle: str = HANDLE, **mor
 
 
 def holder(
-    client: str = "node-1", node_id: str = NODE_ID, *, status: str = "ready", desired: str = "attached"
+    client: str = "node-1",
+    node_id: str = NODE_ID,
+    *,
+    status: str = "ready",
+    desired: str = "attached",
+    on_demand: bool = False,
 ) -> Document:
     return {
-        "client": client, "nodeId": node_id, "clientStatus": status, "desired": desired, "device": "attached",
-        "ioEnabled": True,
+        "client": client, "nodeId": node_id, "clientStatus": status, "connectsOnDemand": on_demand, "desired": desired,
+        "device": "attached", "ioEnabled": True,
     }  # fmt: skip
 
 

@@ -362,6 +362,11 @@ CAUSES: dict[str, tuple[Case, str, str]] = {
         "whose storage client is down",
         "systemctl status nvmeshclient",
     ),
+    "a node has no connection to its volume over NVMe/TCP": (
+        case(*RUNNING, volume=made.stored(holders=[made.holder(status="down", on_demand=True)])),
+        "which has no connection to it",
+        "check the network to the storage",
+    ),
     "a lost node still holds the volume": (
         case(*instead(BOUND, NOT_READY), volume=made.stored(holders=[made.holder(status="down")])),
         "whose storage client is down",
