@@ -99,7 +99,8 @@ def sole_management(clusters: Clusters, volume_id: str) -> Management | None:
 def find_client(management: Management, node_id: str, *, only: str | None = None, deadline: Deadline) -> Client | None:
     """Find the storage client of a node by the client's uuid, its id, or the node's name.
 
-    Short and qualified names match, also with an instance number. Raises `PreconditionFailed` if several match.
+    Short and qualified names match, also with an instance number, but not for a client that connects on demand: it has
+    exactly the node's id. Raises `PreconditionFailed` if several match.
     `only`: without the client's volumes other than that of this uuid.
     """
     if is_uuid(node_id):
@@ -107,7 +108,8 @@ def find_client(management: Management, node_id: str, *, only: str | None = None
     client = management.client(node_id, only=only, deadline=deadline)
     if client is not None:
         return client
-    same = [client for client in management.clients(deadline=deadline) if _is_same_host(client.id, node_id)]
+    clients = [each for each in management.clients(deadline=deadline) if not each.connects_on_demand]
+    same = [client for client in clients if _is_same_host(client.id, node_id)]
     if len(same) > 1:
         raise PreconditionFailed(
             f"node {shown(node_id)} matches several storage clients: {client_names(same)}; "

@@ -302,7 +302,7 @@ def test_a_bundle_of_a_large_cluster_asks_few_nodes(world: World) -> None:
     world.document["kinds"]["pods"] += nodes
     world.run("doctor", "--nodes", "3")
     asked = [call[1] for call in world.calls() if call[0] == "exec"]
-    assert len(asked) == 4
+    assert len(asked) == 5
     assert "nvmesh-csi-node-node-77" in asked
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from csi_driver.controller.list_volumes import GetVolumeHealth
-from csi_driver.errors import DeadlineReached, PreconditionFailed
+from csi_driver.errors import DeadlineReached, NodeNotFound, PreconditionFailed
 from csi_driver.model import Capability, Reason
 from csi_driver.nvme_model import is_nqn
 from csi_driver.publish_context import PublishContext
@@ -71,6 +71,12 @@ def test_a_node_without_a_connection_gets_the_volume_again_once_it_is_detached(w
     world.management.detach_s = 3.0
     world.unpublish(volume_id, ONE)
     assert world.publish(volume_id, ONE).nvme is not None
+
+
+@pytest.mark.parametrize("node_id", ["Worker-1", "worker-1.example.com"])
+def test_a_node_of_a_similar_name_is_not_this_one(world: World, volume_id: str, node_id: str) -> None:
+    with pytest.raises(NodeNotFound):
+        world.publish(volume_id, node_id)
 
 
 def test_lists_name_the_node_as_kubernetes_does(world: World, volume_id: str) -> None:
