@@ -46,7 +46,7 @@ DELAYED_REMOVAL, DELAYED_REMOVAL_S = "delayed_removal_secs", 60
 write shortens a wait that has begun, and a volume that was taken over cannot be disconnected before its end."""
 IO_TIMEOUT_S, MOST_IO_QUEUES = 600, 4
 _QUEUE_SIZE, _KEEP_ALIVE_S, _RECONNECT_DELAY_S = 128, 5, 2
-_GONE_FIRST_S = 0.005
+_FIRST_S, _MOST_S = 0.005, 0.1  # pauses between looks at sysfs
 _DELETES_AT_ONCE = 8
 _ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)
 _KEY_FAILURES = (errno.ENOKEY, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EKEYREVOKED)
@@ -81,6 +81,7 @@ class NvmeVolumes:
         self.fabrics = fabrics or Fabrics()
         self.sysfs = sysfs or Sysfs()
         self.clock = clock
+        self._has_loaded = False
         self._hints: dict[str, str] = {}
         self._options: frozenset[str] | None = None
         self._lock = threading.RLock()  # a job that is done at once is forgotten in the thread that starts it
@@ -91,7 +92,8 @@ class NvmeVolumes:
 
     def why_not(self) -> str:
         """Return why this machine cannot connect NVMe/TCP volumes, and what to do; empty when it can."""
-        if not self.fabrics.device.exists():
+        if not (self._has_loaded or self.fabrics.device.exists()):
+            self._has_loaded = True  # once: this is asked often
             load_module("nvme-tcp")
         if not os.access(self.fabrics.device, os.R_OK | os.W_OK):
             return f"{self.fabrics.device} is missing or not writable; run `modprobe nvme-tcp` on the node"
@@ -130,7 +132,7 @@ class NvmeVolumes:
             wanted = replace(wanted, holders=before.holders | wanted.holders)
         self.records.put(wanted)
         self._connect_paths(wanted, deadline)
-        if not deadline.wait_until(lambda: self.place_node(wanted), first_s=_GONE_FIRST_S):
+        if not deadline.wait_until(lambda: self.place_node(wanted), first_s=_FIRST_S, most_s=_MOST_S):
             missing = why_no_io(wanted, self.subsystem(export.nqn)) or "its block device is not made yet"
             raise DeadlineReached(f"the device of volume {name} ({missing})")
 
@@ -331,7 +333,7 @@ class NvmeVolumes:
         """End all connections of this node to a subsystem, and wait until it has left sysfs. Its device is closed."""
         for job in self.start_deletes(nqn):
             self._wait(job, f"the paths of the NVMe subsystem {nqn} to close", deadline)
-        if not deadline.wait_until(lambda: self.subsystem(nqn) is None, first_s=_GONE_FIRST_S):
+        if not deadline.wait_until(lambda: self.subsystem(nqn) is None, first_s=_FIRST_S, most_s=_MOST_S):
             raise DeadlineReached(f"the NVMe subsystem {nqn} to leave the kernel")
 
     def start_deletes(self, nqn: str, keep: Collection[str] = ()) -> list[Job[None]]:
