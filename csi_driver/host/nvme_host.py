@@ -178,7 +178,7 @@ def _listed(directory: str) -> list[str]:
 
 
 def _text(file: str) -> str:
-    """Return a file of sysfs; empty when it is gone, and only then: what is gone counts as disconnected."""
+    """Return a file of sysfs; empty only when it is gone, because that counts as disconnected."""
     with _unless_gone(f"read {file}"):
         return os.fsdecode(read_file(file, _SYSFS_BYTES)).rstrip("\n")
     return ""
@@ -221,7 +221,7 @@ class Fabrics:
         return f"nvme{created[1]}"
 
     def probe(self, paths: Collection[str], within_s: float, more_s: float = 0.05) -> frozenset[str]:
-        """Return the paths whose target answers, at most `within_s` later, or `more_s` after the first.
+        """Return the paths that answer, at most `within_s` later, or `more_s` after the first.
 
         A target that answers has taken the connection: one that is closed before is an error in its log.
         """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Volumes that this node connects by NVMe over TCP: connect, prove, disconnect; evidence from sysfs.
 
-The kernel holds the state. A record in the registry, one file for each volume, says what was asked for: it is written
-before the first connect and removed after the subsystem has left sysfs, so that it covers every connection. An
-attachment has a subsystem of its own, whose name no other attachment gets: a subsystem of another name is ended before
-the volume is connected.
+The kernel holds the state. A record in the registry, one file for each volume, has the parameters of the connection.
+It is written before the first connect and removed after the subsystem has left sysfs, so that it covers every
+connection. Each attachment has a subsystem of its own, and its name is never used again: a subsystem of another name is
+ended before the volume is connected.
 """
 
 from __future__ import annotations

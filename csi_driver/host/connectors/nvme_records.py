@@ -26,7 +26,7 @@ _SUFFIX = ".json"
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What was asked for. `holders`: the staging paths that use it. `is_ending`: it is being disconnected.
+    """The parameters of a connection. `holders`: the staging paths that use it. `is_ending`: it is being disconnected.
 
     `is_refused`: the target does not let this node in any more; it is never connected again.
     """
