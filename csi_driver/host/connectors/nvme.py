@@ -187,18 +187,24 @@ class NvmeVolumes:
                     f"({os.strerror(failure.errno)}); the node registers its key again where --nvme-register-url is "
                     "set, and a retry continues"
                 ) from failure
-            if self.is_refused(wanted, path):
+            answer = self._ask(wanted, path)
+            if answer == HOST_REFUSED:
                 raise Refused(
                     f"connect {about}: the storage machine refuses this node: the attachment has ended, or another "
                     "node has taken the volume over; detach the volume and attach it again"
                 ) from failure
+            if answer == 0 and self.keys is not None:
+                self.keys.rejected()  # Linux 7.3 tells a wrong key as a connection that broke, a minute later
+                raise StorageUnavailable(
+                    f"{failure}, although the target lets this node in: its key may be wrong and is registered again; "
+                    "a retry continues"
+                ) from failure
             raise StorageUnavailable(f"{failure}; a retry continues") from failure
 
-    def is_refused(self, wanted: Connection, path: str) -> bool:
-        """Ask the target whether it refuses this node: the kernel tells every refusal as an I/O error."""
+    def _ask(self, wanted: Connection, path: str) -> int | None:
+        """Ask the target what it thinks of this node: the kernel tells every refusal as an I/O error."""
         node_id = self.node_id()
-        status = self.fabrics.ask(path, wanted.export.nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
-        return status == HOST_REFUSED
+        return self.fabrics.ask(path, wanted.export.nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
 
     def _connect_options(self, wanted: Connection, path: str) -> dict[str, str]:
         if self._options is None:

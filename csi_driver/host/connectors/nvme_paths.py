@@ -38,9 +38,12 @@ class PathKeeper:
     reconnects: int = field(default=0, init=False)
     _settled: dict[str, tuple[Connection, frozenset[tuple[str, int]]]] = field(default_factory=dict, init=False)
     _pauses: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict, init=False)
+    _running: dict[Job[None], tuple[Connection, str, float]] = field(default_factory=dict, init=False)
+    """The connects that have no result yet, and when they began."""
 
     def keep(self) -> None:
         """Look at every path; without a change that reads one directory, and one file for each path."""
+        self._harvest()
         records = self.volumes.records.all()
         entries = self.volumes.sysfs.entries()
         missing: list[tuple[Connection, str]] = []
@@ -91,7 +94,9 @@ class PathKeeper:
     def _due(self, record: Connection, present: set[str]) -> list[str]:
         """Return the missing paths to connect; not at the first look, as a stage may just connect them."""
         now_s = self.volumes.clock.monotonic()
+        running = {(known.name, path) for known, path, _ in self._running.values()}
         keys = [(record.name, path) for path in record.export.paths if path not in present]
+        keys = [key for key in keys if key not in running]
         due = [path for name, path in keys if self._pauses.get((name, path), (math.inf,))[0] <= now_s]
         for key in keys:
             self._pauses.setdefault(key, (now_s, _FIRST_PAUSE_S))
@@ -99,31 +104,36 @@ class PathKeeper:
 
     def _connect(self, missing: list[tuple[Connection, str]]) -> None:
         answered = self.volumes.fabrics.probe({path for _, path in missing}, PROBE_S, PROBE_S)
-        jobs: dict[Job[None], tuple[Connection, str]] = {}
+        began_s = self.volumes.clock.monotonic()
         for record, path in missing:
             if path in answered:
-                jobs[self.volumes.start_connect(record, path)] = record, path
+                self._running[self.volumes.start_connect(record, path)] = record, path, began_s
             else:
                 self._failed(record, path)
-        wait(jobs, self.round_s)
-        for job, (record, path) in jobs.items():
-            if job.done() and not job.cancelled():
-                self._finished(record, path, job.exception())
+        wait(self._running, self.round_s)
+        self._harvest()
 
-    def _finished(self, record: Connection, path: str, failure: BaseException | None) -> None:
+    def _harvest(self) -> None:
+        for job in [job for job in self._running if job.done()]:
+            record, path, began_s = self._running.pop(job)
+            if not job.cancelled():
+                self._finished(record, path, job.exception(), self.volumes.clock.monotonic() - began_s)
+
+    def _finished(self, record: Connection, path: str, failure: BaseException | None, took_s: float) -> None:
         if failure is None:
             self.reconnects += 1
             _LOG.info("volume %s is connected again at %s", record.name, path)
             self._has_node(record)
             return
-        self._failed(record, path)
+        self._failed(record, path, took_s)
         _LOG.warning("volume %s: %s", record.name, failure)
         if isinstance(failure, Refused):
             self.volumes.mark_refused(record)
 
-    def _failed(self, record: Connection, path: str) -> None:
-        _, pause_s = self._pauses[record.name, path]
-        until_s = self.volumes.clock.monotonic() + pause_s
+    def _failed(self, record: Connection, path: str, took_s: float = 0.0) -> None:
+        """Pause, for at least as long as the failure took: meanwhile the kernel connected nothing else."""
+        _, pause_s = self._pauses.get((record.name, path), (0.0, _FIRST_PAUSE_S))
+        until_s = self.volumes.clock.monotonic() + max(pause_s, took_s)
         self._pauses[record.name, path] = until_s, min(pause_s * 2, _LONGEST_PAUSE_S)
 
     def orphans(self) -> tuple[NvmeOrphan, ...]:
