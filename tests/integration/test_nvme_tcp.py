@@ -456,3 +456,32 @@ def test_a_driver_that_dies_at_any_change_of_a_connection_goes_on(
         assert node.is_clean(volume), (points[at], goes_on)
     assert digest(node.stage(attached) / "data", MIB) == wanted
     node.unstage(volume)
+
+
+# --- the cleanup of the node ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["nothing", "mount", "claim"])
+def test_a_connection_whose_record_was_lost_is_ended_by_the_cleanup_unless_it_is_used(
+    storage: Storage, node: NvmeNode, volume: Volume, use: str
+) -> None:
+    other, access = storage.volume("csi-2"), EXT4 if use == "mount" else BLOCK
+    kept, lost = storage.attach(other, node.node_id), storage.attach(volume, node.node_id)
+    node.stage(kept, BLOCK)
+    node.stage(lost, access)
+    (node.root / "registry" / f"{volume.name}.json").unlink()
+    node.restart()
+    with contextlib.ExitStack() as used:
+        if use == "claim":
+            fd = os.open(node.root / "dev" / volume.name, os.O_RDONLY | os.O_EXCL)
+            used.callback(os.close, fd)
+        for _ in range(2):
+            node.use.reconcile.sweep(lambda name: contextlib.nullcontext())
+    left = {each.nqn for each in node.kernel.subsystems}
+    assert left == {kept.export.nqn, *([] if use == "nothing" else [lost.export.nqn])}
+    assert (node.root / "dev" / volume.name).exists() is (use != "nothing")
+    # The repeated request finds the connection again, or makes another one.
+    node.stage(lost, access)
+    node.unstage(volume)
+    node.unstage(other)
+    assert node.is_clean(volume)
