@@ -221,10 +221,11 @@ class Stage:
     def _end_earlier(self, volume: NodeVolume, path: Path, connection: VolumeStatus, deadline: Deadline) -> None:
         """End the connection of an earlier attachment, and its mount.
 
-        That the attachment is over must be proven by the storage, by the number of this one, or by a closed device: a
-        request that was delayed may be older than the connection.
+        That the attachment is over must be proven by the storage, by the number of this one and a loss of all paths,
+        or by a closed device: a request that was delayed may be older than the connection.
         """
-        is_over = connection.preempted or self.preparation.why_outdated(volume)
+        is_lost = connection.io_enabled is not True and self.preparation.why_outdated(volume)
+        is_over = connection.preempted or is_lost
         if not is_over and self._is_used(volume):
             raise StorageUnavailable(
                 f"volume {volume} is connected under another attachment ({connection.nqn}) and used; retry when its"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
+from csi_driver.host.connectors import loop
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host_model import TargetExport
 from csi_driver.model import MIB, AccessMode, MountAccess
@@ -31,7 +32,9 @@ MakeNode = Callable[[str], NvmeNode]
 
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Iterator[tuple[Storage, MakeNode]]:
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Storage, MakeNode]]:
+    # The fake kernel tries again at every look.
+    monkeypatch.setattr(loop, "_GRACE_S", 0.02)
     with storage_and_nodes(tmp_path) as made:
         yield made
 

@@ -219,6 +219,16 @@ def test_a_later_attachment_ends_the_connection_and_the_mount_of_an_earlier_one(
     assert node.host.connections == {}
 
 
+def test_a_connection_that_carries_io_is_not_ended_by_a_later_number(node: FakeNode) -> None:
+    """Its writes arrive: it is perhaps the same volume of another storage machine."""
+    given = exported(node)
+    node.stage(context=given)
+    later = publish_context(nvme=export("2"), attachment=3, history=History.ATTACHED)
+    with pytest.raises(StorageUnavailable, match="under another attachment"):
+        node.stage(context=later)
+    assert node.host.connections[NAME].nqn == export().nqn
+
+
 def test_a_closed_connection_of_another_attachment_is_replaced(node: FakeNode) -> None:
     """Without numbers of attachments a closed device is the proof: nothing that was written is left to reach it."""
     node.stage(context=exported(node, attachment=0), access=BLOCK)
