@@ -116,8 +116,8 @@ class SlowPool:
     def fast(self) -> None:
         self._load(f"0 {self.sectors} delay {self.below} 0 0 {self.below} 0 0")
 
-    def running(self) -> int:
-        return sum(map(int, Path(f"/sys/dev/block/{self.number}/inflight").read_text().split()))
+    def writes_running(self) -> int:
+        return int(Path(f"/sys/dev/block/{self.number}/inflight").read_text().split()[1])
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def slow_pool(tmp_path: Path) -> Iterator[SlowPool]:
     sectors = 64 * MIB // 512
     shell("dmsetup", "create", name, "--table", f"0 {sectors} delay {below} 0 0 {below} 0 0")
     device = Path(f"/dev/mapper/{name}")
-    shell("mkfs.ext4", "-q", str(device))
+    shell("mkfs.ext4", "-q", "-O", "^has_journal", str(device))  # so that nobody else writes
     place.mkdir()
-    shell("mount", str(device), str(place))
+    shell("mount", "-o", "lazytime", str(device), str(place))
     status = os.stat(device)
     pool = SlowPool(place, name, f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}", sectors, below)
     try:
@@ -144,17 +144,31 @@ def slow_pool(tmp_path: Path) -> Iterator[SlowPool]:
         shell("losetup", "--detach", below)
 
 
-@pytest.mark.parametrize("stays", [True, False], ids=["another host stays", "nobody stays"])
-def test_a_cut_waits_for_the_requests_that_are_running(machine: Machine, slow_pool: SlowPool, stays: bool) -> None:
-    export = machine.export(slow_pool.place, ONE, OTHER)
+def slow_write(machine: Machine, pool: SlowPool) -> TargetExport:
+    """Return an export of two hosts, one of which has a write that is running: it began, and takes a while."""
+    export = machine.export(pool.place, ONE, OTHER)
     host = machine.raw(export, OTHER)
     host.write(0, block(1))
     os.sync()
-    slow_pool.slow()
+    pool.slow()
     host.begin_write(0, block(2))
-    assert Deadline.after(60).wait_until(lambda: slow_pool.running() > 0)
+    assert Deadline.after(60).wait_until(lambda: pool.writes_running() > 0)
+    return export
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["another host stays", "nobody stays"])
+def test_a_cut_waits_for_the_requests_that_are_running(slow_pool: SlowPool, machine: Machine, stays: bool) -> None:
+    export = slow_write(machine, slow_pool)
     machine.target.apply(replace(export, hosts=frozenset({ONE} if stays else ()), is_enabled=stays))
-    assert slow_pool.running() == 0
+    assert in_file(export.file) == 2
+
+
+def test_without_its_wait_the_cut_would_be_too_early(slow_pool: SlowPool, machine: Machine) -> None:
+    export = slow_write(machine, slow_pool)
+    hasty = NvmeTarget(sockets=lambda ports: dict.fromkeys(ports, ()))
+    hasty.apply(replace(export, hosts=frozenset({ONE})))
+    assert in_file(export.file) == 1
+    assert Deadline.after(60).wait_until(lambda: in_file(export.file) == 2)
 
 
 def test_a_cut_does_not_wait_for_data_that_never_comes(machine: Machine, tmp_path: Path) -> None:
@@ -249,10 +263,16 @@ def test_a_volume_grows_under_its_host(machine: Machine, tmp_path: Path) -> None
 # --- snapshots of several exports ---
 
 
+@pytest.fixture
+def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulated machine is slow."""
+    monkeypatch.setattr("csi_driver.host.freeze._EXPORT_LIMIT_S", 120.0)
+
+
 def copies(machine: Machine, exports: list[TargetExport], directory: Path) -> list[int]:
     """Copy the exported files while the exports are held; return the numbers in their first blocks."""
     numbers = []
-    with Freezer(directory).held([each.file for each in exports], [each.nqn for each in exports], limit_s=5.0) as end:
+    with Freezer(directory).held([each.file for each in exports], [each.nqn for each in exports], limit_s=120.0) as end:
         for each in exports:
             with each.file.open("rb") as source, (directory / "copy").open("wb+") as target:
                 fcntl.ioctl(target.fileno(), FICLONE, source.fileno())
@@ -262,6 +282,7 @@ def copies(machine: Machine, exports: list[TargetExport], directory: Path) -> li
     return numbers
 
 
+@pytest.mark.usefixtures("no_limit")
 def test_no_cut_of_exports_has_a_write_without_the_one_that_it_depends_on(machine: Machine, tmp_path: Path) -> None:
     """And the writer, by the kernel's own host, only waits."""
     with mounted(tmp_path) as pool:
@@ -278,10 +299,11 @@ def test_no_cut_of_exports_has_a_write_without_the_one_that_it_depends_on(machin
             machine.close()
 
 
+@pytest.mark.usefixtures("no_limit")
 def test_held_exports_take_no_write(machine: Machine, tmp_path: Path) -> None:
     export = machine.export(tmp_path, ONE, OTHER)
     writer, other = machine.writer(export), machine.raw(export, OTHER)
-    with Freezer(tmp_path).held([export.file], [export.nqn], limit_s=5.0) as end:
+    with Freezer(tmp_path).held([export.file], [export.nqn], limit_s=120.0) as end:
         with pytest.raises(OSError, match="status 0x"):
             other.write(BLOCK_BYTES, block(9))
         assert in_file(export.file, BLOCK_BYTES) == 0
