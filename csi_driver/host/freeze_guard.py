@@ -36,8 +36,9 @@ NOT_BEGUN, BEGUN, FROZEN, OVER = b".", b"?", b"F", b"-"
 READY, ALL_FROZEN, THAWED, FAILED = "ready", "frozen", "thawed", "failed "
 FREEZE_COMMAND, THAW_COMMAND = b"freeze\n", b"thaw\n"
 
-HELD_GROUP, USED_GROUP = "128", "1"
-"""ANA groups of a namespace: the kernel's target lets hosts use the first one only. In others their I/O waits."""
+HELD_GROUP, USED_GROUP = "127", "1"
+"""ANA groups of a namespace: the kernel's target lets hosts use group 1 only, in others their I/O waits. It takes the
+last one, 128, for 0, which holds nothing (Linux 6.12)."""
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # include/uapi/linux/fs.h
 _BTRFS_IOC_FS_INFO = 0x8400941F

@@ -115,6 +115,10 @@ class _Place:
     address: str
 
     @property
+    def is_ours(self) -> bool:
+        return not self.port or (int(self.number) - self.port) % PORT_STRIDE == 0
+
+    @property
     def position(self) -> int:
         """Place of its address among those of the export."""
         return (int(self.number) - self.port) % _PORTS // PORT_STRIDE
@@ -126,8 +130,8 @@ class NvmeTarget:
 
     files: Configfs = field(default_factory=Configfs)
     sockets: Callable[[Collection[int]], Mapping[int, tuple[Connection, ...]]] = sock_diag.connections
-    _hosts: threading.Lock = field(default_factory=threading.Lock, init=False)
-    """Hosts serve several exports."""
+    _shared: threading.Lock = field(default_factory=threading.Lock, init=False)
+    """For hosts, which serve several exports, and for ports that are not linked yet or any more."""
 
     def why_not(self) -> str:
         try:
@@ -176,8 +180,8 @@ class NvmeTarget:
     def withdraw(self, export: TargetExport) -> None:
         nqn, files = export.nqn, self.files
         self._close_ports(export)
-        for position in range(MOST_ADDRESSES if export.port else 0):
-            self._remove_port(_port_number(export.port, position))
+        for number in _port_numbers(export.port) if export.port else self.files.names("ports"):
+            self._remove_port(number)
         is_there = files.has(_subsystem(nqn))
         for host in {*export.hosts, *(files.names(f"{_subsystem(nqn)}/allowed_hosts") if is_there else ())}:
             self._forbid(nqn, host)
@@ -212,8 +216,11 @@ class NvmeTarget:
 
     def _links_of(self, export: TargetExport) -> list[str]:
         """Return the kernel's numbers of the ports that the export is linked to, at any address."""
-        numbers = (_port_number(export.port, at) for at in range(MOST_ADDRESSES))
-        return [number for number in numbers if self.files.has(f"{_port(number)}/subsystems/{export.nqn}")]
+        return [
+            number
+            for number in _port_numbers(export.port)
+            if self.files.has(f"{_port(number)}/subsystems/{export.nqn}")
+        ]
 
     def _links(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -278,13 +285,15 @@ class NvmeTarget:
             self.files.unlink(f"{_port(number)}/subsystems/{export.nqn}")
 
     def _remove_port(self, number: str) -> None:
-        """Remove a port of an export, unless it serves another one by now."""
-        if self.files.has(_port(number)) and not self.files.names(f"{_port(number)}/subsystems"):
-            self.files.remove(_port(number))
+        """Remove a port that an export has left, and nobody uses now."""
+        with self._shared:
+            is_left = self.files.has(_port(number)) and not self.files.names(f"{_port(number)}/subsystems")
+            if is_left and self._place(number).is_ours:
+                self.files.remove(_port(number))
 
     def _forbid(self, nqn: str, host: str) -> None:
         link = f"{_subsystem(nqn)}/allowed_hosts/{host}"
-        with self._hosts:
+        with self._shared:
             if self.files.has(link):
                 self.files.unlink(link)
             if self.files.has(f"hosts/{host}"):
@@ -320,7 +329,7 @@ class NvmeTarget:
             self._set(f"{namespace}/enable", "1")
 
     def _allow(self, nqn: str, host: str, keys: HostKeys | None) -> None:
-        with self._hosts:
+        with self._shared:
             self._make(f"hosts/{host}")
             if keys is not None and self._lacks_keys(host, keys):
                 self._put_keys(host, keys)
@@ -360,13 +369,14 @@ class NvmeTarget:
         link = f"{_port(number)}/subsystems/{export.nqn}"
         if self.files.has(link):
             return
-        self._make(_port(number))
-        if others := self.files.names(f"{_port(number)}/subsystems"):
-            raise HostFailure(f"port {export.port} at {address} is that of the export {others[0]}; use another range")
         family = f"ipv{ipaddress.ip_address(address).version}"
-        for name, value in zip(_PLACE, ("tcp", family, address, str(export.port)), strict=True):
-            self._set(f"{_port(number)}/addr_{name}", value)
-        self.files.link(_subsystem(export.nqn), link)
+        with self._shared:
+            self._make(_port(number))
+            if others := self.files.names(f"{_port(number)}/subsystems"):
+                raise HostFailure(f"port {export.port} at {address} is that of the export {others[0]}; use another")
+            for name, value in zip(_PLACE, ("tcp", family, address, str(export.port)), strict=True):
+                self._set(f"{_port(number)}/addr_{name}", value)
+            self.files.link(_subsystem(export.nqn), link)
 
 
 def _subsystem(nqn: str) -> str:
@@ -379,6 +389,10 @@ def _namespace(nqn: str) -> str:
 
 def _port(number: str) -> str:
     return f"ports/{number}"
+
+
+def _port_numbers(port: int) -> list[str]:
+    return [_port_number(port, position) for position in range(MOST_ADDRESSES)]
 
 
 def _port_number(port: int, position: int) -> str:

@@ -491,3 +491,19 @@ def test_the_kernel_cuts_nobody_when_a_host_is_no_longer_allowed(world: World) -
     world.files().unlink(f"subsystems/{export.nqn}/allowed_hosts/{ONE}")
     host.write(0, block(4))
     assert in_file(export.file) == 4
+
+
+@pytest.mark.parametrize(("group", "shown", "holds"), [("2", "2", True), ("127", "127", True), ("128", "0", False)])
+def test_the_kernel_holds_the_io_of_each_other_group_but_the_last(
+    world: World, group: str, shown: str, *, holds: bool
+) -> None:
+    export = world.export(ONE)
+    world.target.apply(export)
+    host, path = world.connect(export, ONE), f"subsystems/{export.nqn}/namespaces/1/ana_grpid"
+    world.files().write(path, group)
+    assert world.files().read(path) == shown
+    with pytest.raises(OSError, match=r".*") if holds else contextlib.nullcontext():
+        host.write(0, block(3))
+    assert in_file(export.file) == (0 if holds else 3)
+    assert world.target.apply(export) == export
+    host.write(0, block(4))

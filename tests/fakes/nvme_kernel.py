@@ -171,7 +171,7 @@ class NvmeKernel:
         namespace = self.namespace(controller.nqn)
         if namespace is None or not namespace.is_enabled:
             raise _refuse(errno.ENXIO)
-        if namespace.attributes["ana_grpid"] != "1":
+        if namespace.attributes["ana_grpid"] not in ("0", "1"):
             raise _refuse(errno.EAGAIN)
         return namespace
 
@@ -384,7 +384,7 @@ class NvmeKernel:
         elif not _VALUES.get(name, re.compile(".+")).fullmatch(value):
             raise _refuse(errno.EINVAL)
         else:
-            owner.attributes[name] = value
+            owner.attributes[name] = "0" if (name, value) == ("ana_grpid", "128") else value
 
     def _enable(self, namespace: _Namespace) -> None:
         if not namespace.is_enabled:

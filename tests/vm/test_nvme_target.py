@@ -130,7 +130,7 @@ def slow_pool(tmp_path: Path) -> Iterator[SlowPool]:
     sectors = 64 * MIB // 512
     shell("dmsetup", "create", name, "--table", f"0 {sectors} delay {below} 0 0 {below} 0 0")
     device = Path(f"/dev/mapper/{name}")
-    shell("mkfs.ext4", "-q", "-O", "^has_journal", str(device))  # so that nobody else writes
+    shell("mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", str(device))  # so that nobody else writes
     place.mkdir()
     shell("mount", "-o", "lazytime", str(device), str(place))
     status = os.stat(device)

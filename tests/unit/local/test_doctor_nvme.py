@@ -142,7 +142,7 @@ def test_exports_are_counted(kernel: NvmeKernel, tmp_path: Path) -> None:
 
 def test_a_held_and_an_incomplete_export_are_found(kernel: NvmeKernel, tmp_path: Path) -> None:
     adapter, (nqn,) = exported(kernel, tmp_path), kernel.subsystems
-    kernel.configfs.write(f"subsystems/{nqn}/namespaces/1/ana_grpid", "128")
+    kernel.configfs.write(f"subsystems/{nqn}/namespaces/1/ana_grpid", "127")
     ((severity, found),) = problems(list(doctor_nvme.exports(target(), adapter)))
     assert (severity, "is held" in found) == (Severity.WARNING, True)
     kernel.configfs.write(f"subsystems/{nqn}/namespaces/1/ana_grpid", "1")
