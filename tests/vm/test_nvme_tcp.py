@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.rpc.client import CallFailed
-from tests.integration.rig import MIB, START_TIMEOUT_S, digest, filesystem_size, fill, raw_block, wait_for
+from tests.integration.rig import GIB, MIB, START_TIMEOUT_S, digest, filesystem_size, fill, raw_block, wait_for
 from tests.integration.test_nvme_cluster import UNKNOWN_NODE
 from tests.reflink_pool import XFS, mounted
 from tests.sanity import test_csi_sanity as sanity
@@ -99,7 +99,7 @@ def identities(nqn: str) -> dict[str, str]:
 
 
 def test_a_volume_lives_from_its_creation_to_its_deletion_and_leaves_nothing(rig: NvmeRig) -> None:
-    volume = rig.volume(size=256 * MIB)
+    volume = rig.volume(size=GIB)
     target = volume.up()
     nqn = volume.publish_context["nvme.nqn"]
     assert list(controllers(nqn).values()) == ["live"]
@@ -107,9 +107,10 @@ def test_a_volume_lives_from_its_creation_to_its_deletion_and_leaves_nothing(rig
     assert listed[volume.id] == (NODE,)
     written = fill(target / "file", 8 * MIB)
     snapshot = rig.controller.cut(f"{volume.name}-snapshot", volume.id)
-    volume.expand(512 * MIB)
+    before = filesystem_size(target)
+    volume.expand(2 * GIB)
     volume.expand_on_node()
-    assert filesystem_size(target) > 400 * MIB
+    assert filesystem_size(target) > before + 900 * MIB
     fill(target / "file", 8 * MIB)
     volume.down()
     assert controllers(nqn) == {}
