@@ -138,6 +138,7 @@ class NvmeCluster:
         addresses: Sequence[str] = ("10.8.0.1", "10.9.0.1"),
         controller_flags: Sequence[str] = (),
     ) -> None:
+        set_up_networks()
         self.directory = directory
         self.machines = Machines(guest, directory)
         self.storage = self.machines.add("storage", "1024M")
@@ -158,7 +159,6 @@ class NvmeCluster:
     # --- machines and roles -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        set_up_networks()
         in_parallel([self.storage.start, *(node.machine.start for node in self.nodes)])
         self.begin_manager()
         for node in self.nodes:
