@@ -2,7 +2,8 @@
 """Run commands in a guest for the tests outside of it: one TCP connection for each command, JSON lines.
 
 A request is `{"argv": [...]}`. The answer is `{"output": text}` for each piece of output, then `{"status": number}`.
-The end of the connection ends the command and what it started. It runs in the guest: only the standard library.
+When the caller closes its side, the command is killed with what it started, and the rest of its output is sent. It
+runs in the guest: only the standard library.
 """
 
 from __future__ import annotations
@@ -31,22 +32,21 @@ class Command(socketserver.StreamRequestHandler):
             start_new_session=True,
         )
         assert process.stdout is not None
-        try:
-            self._pass_on(process.stdout.fileno())
-            self._answer({"status": process.wait()})
-        except OSError:
-            pass  # the caller has gone
-        finally:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.stdout.close()
+        with process.stdout, contextlib.suppress(OSError):  # the caller may have gone
+            try:
+                self._pass_on(process)
+                self._answer({"status": process.wait()})
+            finally:
+                _kill(process)
 
-    def _pass_on(self, output: int) -> None:
+    def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        output, watched = process.stdout.fileno(), [process.stdout.fileno(), self.connection.fileno()]
         while True:
-            readable, _, _ = select.select([output, self.connection], [], [])
-            if self.connection in readable and not self.connection.recv(1):
-                raise ConnectionResetError
+            readable, _, _ = select.select(watched, [], [])
+            if self.connection.fileno() in readable and not self.connection.recv(1):
+                watched.remove(self.connection.fileno())
+                _kill(process)
             if output in readable:
                 data = os.read(output, 1 << 16)
                 if not data:
@@ -55,6 +55,13 @@ class Command(socketserver.StreamRequestHandler):
 
     def _answer(self, answer: dict[str, object]) -> None:
         self.connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command, if it runs, with everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class Server(socketserver.ThreadingTCPServer):

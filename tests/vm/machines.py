@@ -117,10 +117,11 @@ class Running:
     def ended(self) -> bool:
         return not self._thread.is_alive()
 
-    def close(self) -> None:
+    def close(self, *, machine_runs: bool = True) -> None:
+        """End the command; all that it printed is in `lines` then."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(60)
+            self._socket.shutdown(socket.SHUT_WR if machine_runs else socket.SHUT_RDWR)
+        self._thread.join(COMMAND_LIMIT_S)
         self._socket.close()
 
 
@@ -220,7 +221,7 @@ class Machine:
             self._qemu.wait()
             self._qemu = None
         for each in self._running:
-            each.close()
+            each.close(machine_runs=False)
         self._running.clear()
 
     def freeze(self) -> None:
