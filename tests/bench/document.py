@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.bench.aims import FIGURES
 from tests.bench.history import HISTORY, Curves, Entry, read
+from tests.bench.nvme import GROUPS as NVME
 from tests.bench.plot import drawing, series_of
 from tests.bench.scale import GROUPS as SCALE
 from tests.bench.snapshots import GROUPS as SNAPSHOTS
@@ -18,16 +19,17 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A document, and the drawing of the curves with these groups."""
+    """A document, and the table and the drawing of the curves with these groups."""
 
     document: Path
-    plot: Path
+    plot: Path | None
     groups: Sequence[str]
+    table: str = "curves"
 
     def curves(self, entries: Sequence[Entry]) -> Curves:
-        """Return the newest recorded ones."""
+        """Return the newest recorded ones; {} before the first."""
         found = ({grows: each for grows, each in entry.curves.items() if self._has(each)} for entry in entries[::-1])
-        return next(curves for curves in found if curves)
+        return next((curves for curves in found if curves), {})
 
     def _has(self, series: Mapping[str, object]) -> bool:
         return any(name.startswith(f"{group}: ") for group in self.groups for name in series)
@@ -37,13 +39,14 @@ class Page:
 
     def written(self, entries: Sequence[Entry]) -> str:
         """Return the document with its generated parts written anew."""
-        tables = {"figures": figures_tables(entries), "curves": curves_tables(self.curves(entries), self.groups)}
+        tables = {"figures": figures_tables(entries), self.table: curves_tables(self.curves(entries), self.groups)}
         return with_tables(self.document.read_text(), tables)
 
 
 PAGES = (
     Page(DOCS / "performance.md", DOCS / "scale.svg", SCALE),
     Page(DOCS / "snapshots.md", DOCS / "snapshots.svg", SNAPSHOTS),
+    *(Page(DOCS / "performance.md", None, groups, f"nvme-{part}") for part, groups in NVME.items()),
 )
 
 
@@ -102,7 +105,8 @@ def with_tables(text: str, tables: Mapping[str, str]) -> str:
 def main() -> None:
     entries = read(HISTORY)
     for page in PAGES:
-        page.plot.write_text(page.drawn(entries))
+        if page.plot is not None:
+            page.plot.write_text(page.drawn(entries))
         page.document.write_text(page.written(entries))
 
 

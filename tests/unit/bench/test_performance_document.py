@@ -58,8 +58,8 @@ def test_a_table_for_each_kind_of_machine_compares_its_first_and_its_last_run() 
     ]
 
 
-@pytest.mark.parametrize("page", document.PAGES, ids=lambda page: page.document.name)
+@pytest.mark.parametrize("page", document.PAGES, ids=lambda page: f"{page.document.name}-{page.table}")
 def test_the_drawing_and_the_tables_are_those_of_the_history(page: document.Page) -> None:
     entries = read(HISTORY)
-    assert page.plot.read_text() == page.drawn(entries)
+    assert page.plot is None or page.plot.read_text() == page.drawn(entries)
     assert page.document.read_text() == page.written(entries)
