@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -68,37 +69,46 @@ def network(directory: Path, *, quick: bool) -> Curves:
                 each.start()
             storage.run(f"python -B -m tests.bench.nvme_guest export --address {ADDRESS}")
             node.run(f"python -B -m tests.bench.nvme_guest connect --address {ADDRESS}")
-            return _network_curves(storage, node, 1 if quick else 3, 0.5 if quick else 1.5)
+            return _network_curves(storage, node, 1 if quick else 2, 0.5 if quick else 0.8)
         finally:
             machines.close()
 
 
 def _network_curves(storage: Guest, node: Guest, rounds: int, runtime_s: float) -> Curves:
-    report = Report()
-    for grows, file, others in (
-        ("queue depth, two machines", "/drive/file", {"loop": (storage, "/run/bench-loop"), "nvmet": (node, "file")}),
-        ("queue depth, two machines, drive of 20 MB/s", "/nullb0-pool/file", {"nvmet": (node, "limited")}),
-    ):
-        places: Mapping[str, tuple[Guest, str]] = {FILE: (storage, file), **others}
-        found: dict[str, list[list[float]]] = {name: [] for name in places}
-        for turn in range(rounds):
-            for name, (machine, path) in list(places.items())[:: -1 if turn % 2 else 1]:
-                full = path if path.startswith("/") else f"{DEVICES}/{path}"
-                found[name].append(_rates(machine, full, runtime_s))
-        medians = {name: [statistics.median(each) for each in zip(*runs, strict=True)] for name, runs in found.items()}
-        table = report.table(f"Rate / file's, by {grows}", ("", "depth", "file per s", *others))
-        for number, (pattern, depth) in enumerate((pattern, depth) for pattern in PATTERNS for depth in DEPTHS):
-            ratios = [medians[name][number] / medians[FILE][number] for name in others]
-            table.row(pattern, depth, round(medians[FILE][number]), *ratios)
-            for name, ratio in zip(others, ratios, strict=True):
-                report.point(grows, f"two machines, rate / file's: {pattern}, {name}", depth, ratio)
+    report, every, large = Report(), list(PATTERNS), list(PATTERNS)[:2]
+    fast = {FILE: (storage, "/drive/file"), "loop": (storage, "/run/bench-loop"), "nvmet": (node, f"{DEVICES}/file")}
+    slow = {FILE: (storage, "/nullb0-pool/file"), "nvmet": (node, f"{DEVICES}/limited")}
+    _network_table(report, "queue depth, two machines", fast, every, rounds, runtime_s)
+    _network_table(report, "queue depth, two machines, drive of 20 MB/s", slow, large, rounds, runtime_s * 2)
     return report.curves
 
 
-def _rates(machine: Guest, place: str, runtime_s: float) -> list[float]:
-    argv = f"python -B -m tests.bench.nvme_guest rates --place {place} --runtime {runtime_s}"
-    output = machine.run(argv, limit_s=LIMIT_S).splitlines()[-1]
-    return [float(rate) for rate in json.loads(output.removeprefix(RESULT))]
+def _network_table(
+    report: Report,
+    grows: str,
+    places: Mapping[str, tuple[Guest, str]],
+    patterns: Sequence[str],
+    rounds: int,
+    runtime_s: float,
+) -> None:
+    found: dict[str, list[list[float]]] = {name: [] for name in places}
+    for turn in range(rounds):
+        for name, (machine, place) in list(places.items())[:: -1 if turn % 2 else 1]:
+            found[name].append(_rates(machine, place, patterns, runtime_s))
+    medians = {name: [statistics.median(each) for each in zip(*runs, strict=True)] for name, runs in found.items()}
+    others = [name for name in places if name != FILE]
+    table = report.table(f"Rate / file's, by {grows}", ("", "depth", "file per s", *others))
+    for number, (pattern, depth) in enumerate((pattern, depth) for pattern in patterns for depth in DEPTHS):
+        ratios = [medians[name][number] / medians[FILE][number] for name in others]
+        table.row(pattern, depth, round(medians[FILE][number]), *ratios)
+        for name, ratio in zip(others, ratios, strict=True):
+            report.point(grows, f"two machines, rate / file's: {pattern}, {name}", depth, ratio)
+
+
+def _rates(machine: Guest, place: str, patterns: Sequence[str], runtime_s: float) -> list[float]:
+    words = ["--place", place, "--runtime", str(runtime_s), *(f"--pattern={each}" for each in patterns)]
+    output = machine.run(shlex.join(["python", "-B", "-m", "tests.bench.nvme_guest", "rates", *words]), limit_s=LIMIT_S)
+    return [float(rate) for rate in json.loads(output.splitlines()[-1].removeprefix(RESULT))]
 
 
 def main() -> int:

@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--place", action="append", default=[], type=Path)
+    parser.add_argument("--pattern", action="append", default=[], choices=PATTERNS)
     parser.add_argument("--runtime", type=float, default=1.0)
     options = parser.parse_args()
     load_modules()
@@ -359,7 +360,7 @@ def main() -> None:
     elif options.part == "connect":
         connect_there(options.address)
     else:
-        jobs = [(place, pattern, depth) for pattern in PATTERNS for depth in DEPTHS for place in options.place]
+        jobs = [(place, pattern, depth) for pattern in options.pattern for depth in DEPTHS for place in options.place]
         print(RESULT + json.dumps(rates(jobs, options.runtime)))
         return
     print(f"{options.part}: {time.perf_counter() - begun:.0f} s of the guest's clock")
