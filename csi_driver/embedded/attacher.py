@@ -116,6 +116,13 @@ class Attacher:
         engine = self._engine(client)
         return engine is None or engine.is_down(client)
 
+    def why_down(self, client: str) -> str:
+        """Return why a client is down; "" when it is not."""
+        if not self.is_down(client):
+            return ""
+        is_served = self._engine(client) is not None
+        return "the node has no connection" if is_served else "this manager no longer serves the node"
+
     def is_connected(self, client: str) -> bool:
         engine = self._engine(client)
         return engine is not None and engine.is_connected(client)

@@ -130,7 +130,13 @@ class NvmeEngine:
         by_nqn = {self._nqn(row): row for row in rows}
         self._used = {row.port for row in rows}
         self._unproven = set(by_nqn)
-        for found in self.target.exported(self._pool_uuid):
+        exported = self.target.exported(self._pool_uuid)
+        if away := self.target.elsewhere(exported):
+            raise PreconditionFailed(
+                f"{len(away)} volumes are exported in another network namespace, where their connections are not seen; "
+                "run the manager in that of the host (hostNetwork in Kubernetes)"
+            )
+        for found in exported:
             row = by_nqn.get(found.nqn)
             if row is not None:
                 # The path may be that of an earlier container: the row has the inode.

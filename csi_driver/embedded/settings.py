@@ -317,6 +317,10 @@ class NvmeTarget(Protocol):
         """Set the namespace's size to the present size of its file."""
         ...
 
+    def elsewhere(self, exports: Collection[TargetExport]) -> Collection[TargetExport]:
+        """Return the exports with ports in another network namespace: their connections are not seen here."""
+        ...
+
     def connections(self, ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
         """Return the connections to each of these ports in this network namespace."""
         ...

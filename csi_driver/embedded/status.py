@@ -196,7 +196,7 @@ class EmbeddedStatus:
 
     def _attachment(self, name: str, uuid: str, client: str, wanted: Attachment | None) -> shown.Attachment:
         report, hold = self.store.get(REPORTS, uuid, client), self.attacher.hold(client, uuid)
-        problem = "this manager no longer serves the node" if self.attacher.is_down(client) else ""
+        problem = self.attacher.why_down(client)
         if hold is not None and hold.is_cut:
             problem = problem or "the device is cut off from its file: another node has taken the volume over"
         has_io = report is not None and bool(report.io_enabled) and (hold is None or not hold.is_cut)

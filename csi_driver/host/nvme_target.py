@@ -93,6 +93,10 @@ class Configfs:
         with system_call(f"make {self.root}/{path}"):
             os.mkdir(f"{self.root}/{path}")
 
+    def listening(self, ports: Collection[int]) -> frozenset[int]:
+        """Return those of the ports that the kernel listens on in this network namespace."""
+        return sock_diag.listening(ports)
+
     def remove(self, path: str) -> None:
         with system_call(f"remove {self.root}/{path}"):
             os.rmdir(f"{self.root}/{path}")
@@ -153,6 +157,10 @@ class NvmeTarget:
         names = (name for name in self.files.names("subsystems") if name.startswith(prefix))
         found = (self._read(name, links.get(name, ())) for name in names)
         return tuple(export for export in found if export is not None)
+
+    def elsewhere(self, exports: Collection[TargetExport]) -> Collection[TargetExport]:
+        linked = {each.port: each for each in exports if each.is_linked}
+        return [linked[port] for port in linked.keys() - self.files.listening(linked.keys())]
 
     def connections(self, ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
         return self.sockets(ports)
@@ -373,7 +381,8 @@ class NvmeTarget:
         with self._shared:
             self._make(_port(number))
             if others := self.files.names(f"{_port(number)}/subsystems"):
-                raise HostFailure(f"port {export.port} at {address} is that of the export {others[0]}; use another")
+                why = f"it is that of the export {others[0]}; use another range of ports"
+                raise SystemCallFailed(f"open port {export.port} at {address}", errno.EADDRINUSE, why)
             for name, value in zip(_PLACE, ("tcp", family, address, str(export.port)), strict=True):
                 self._set(f"{_port(number)}/addr_{name}", value)
             self.files.link(_subsystem(export.nqn), link)

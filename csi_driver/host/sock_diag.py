@@ -31,20 +31,29 @@ _ANSWER_BYTES = 1 << 16
 def connections(ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
     """Return the connections to each of these ports. Raises SystemCallFailed."""
     found: dict[int, list[Connection]] = {port: [] for port in ports}
-    if found:
-        with system_call("ask the kernel for TCP connections (module tcp_diag)"):
-            for family in (socket.AF_INET, socket.AF_INET6):
-                for each in _dumped(family, min(found), max(found)):
-                    if each.port in found:
-                        found[each.port].append(each)
+    for each in _sockets(found, _STATES):
+        found[each.port].append(each)
     return {port: tuple(each) for port, each in found.items()}
 
 
-def _dumped(family: int, lowest: int, highest: int) -> Iterator[Connection]:
+def listening(ports: Collection[int]) -> frozenset[int]:
+    """Return those of the ports that somebody listens on, at any address. Raises SystemCallFailed."""
+    return frozenset(each.port for each in _sockets(ports, 1 << SocketState.LISTEN.value))
+
+
+def _sockets(ports: Collection[int], states: int) -> Iterator[Connection]:
+    with system_call("ask the kernel for TCP connections (module tcp_diag)"):
+        for family in (socket.AF_INET, socket.AF_INET6) if ports else ():
+            for each in _dumped(family, min(ports), max(ports), states):
+                if each.port in ports:
+                    yield each
+
+
+def _dumped(family: int, lowest: int, highest: int, states: int) -> Iterator[Connection]:
     # Each instruction has the jumps when it holds and when not; a jump behind the end rejects the socket.
     code = struct.pack("=BBHHH", _SOURCE_AT_LEAST, 8, 20, 0, lowest)
     code += struct.pack("=BBHHH", _SOURCE_AT_MOST, 8, 12, 0, highest)
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _STATES)
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, states)
     body += struct.pack("=HH", 4 + len(code), _BYTECODE) + code
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
         kernel.send(_HEADER.pack(_HEADER.size + len(body), _BY_FAMILY, _DUMP_REQUEST, 1, 0) + body)

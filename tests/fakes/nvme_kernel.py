@@ -113,6 +113,8 @@ class NvmeKernel:
         self.subsystems: dict[str, _Subsystem] = {}
         self.controllers: list[Controller] = []
         self.closing: list[Controller] = []
+        self.is_elsewhere = False
+        """Whether the exports were made in another network namespace than the manager's."""
         self.modes: dict[str, int] = {}
         self.changes: list[str] = []
         """Every change of configfs, in order."""
@@ -491,6 +493,10 @@ class _FakeConfigfs(Configfs):
         with system_call(f"make {path}"):
             self._kernel.make(path)
         self._tell()
+
+    def listening(self, ports: Collection[int]) -> frozenset[int]:
+        opened = {each.place[1] for each in self._kernel.ports.values() if each.subsystems}
+        return frozenset() if self._kernel.is_elsewhere else frozenset(ports) & opened
 
     def remove(self, path: str) -> None:
         with system_call(f"remove {path}"):

@@ -42,9 +42,14 @@ class Storage:
     """A manager that exports, on a fake kernel that outlives it."""
 
     def __init__(
-        self, directory: Path, *, export: str = "nvme-tcp", addresses: tuple[str, ...] = ("127.0.0.1",)
+        self,
+        directory: Path,
+        *,
+        export: str = "nvme-tcp",
+        addresses: tuple[str, ...] = ("127.0.0.1",),
+        kernel: NvmeKernel | None = None,
     ) -> None:
-        self.kernel = NvmeKernel()
+        self.kernel = kernel or NvmeKernel()
         self.clock = HandClock()
         self.loops = FakeLoopDevices()
         self.settings = settings_in(directory, export=export, export_addresses=addresses)
@@ -473,6 +478,18 @@ def test_what_an_earlier_container_exported_is_kept(storage: Storage, tmp_path: 
     assert "is not the file" in storage.manager.server.volumes.why_other_file(storage.manager.uuid("data"))
 
 
+def test_a_manager_that_cannot_see_the_connections_does_not_start(storage: Storage) -> None:
+    """In a network namespace of its own it would take connected nodes for gone."""
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.kernel.is_elsewhere = True
+    with pytest.raises(PreconditionFailed, match="another network namespace"):
+        storage.restart()
+    assert controller.is_live
+    storage.kernel.is_elsewhere = False
+    storage.manager = storage.started()
+
+
 # --- size, readers, ports ---------------------------------------------------------------------------------------
 
 
@@ -532,6 +549,19 @@ def test_a_port_of_another_program_is_left_out(storage: Storage) -> None:
     storage.pass_time(2)
     assert storage.export("worker")["paths"] == ["127.0.0.1:23001"]
     storage.connect("worker")
+
+
+def test_a_port_of_another_pool_is_left_out(storage: Storage, tmp_path: Path) -> None:
+    other = Storage(tmp_path / "other", kernel=storage.kernel)
+    for each in (storage, other):
+        each.manager.save("v")
+        each.manager.attach("v", "worker")
+    other.pass_time(2)
+    assert [each.export("worker", "v")["paths"] for each in (storage, other)] == [
+        ["127.0.0.1:23000"],
+        ["127.0.0.1:23001"],
+    ]
+    other.manager.server.stop()
 
 
 def test_a_port_that_a_node_knows_stays(storage: Storage) -> None:
