@@ -340,6 +340,8 @@ class Attacher:
         self.store.write(made)
 
     def _detach(self, engine: Engine, client: str, identity: str, wanted: Attachment | None) -> bool:
+        if wanted is not None and self._gives_back(engine, wanted):
+            return False
         hold = engine.hold(client, identity)
         if hold is not None and (
             self._holds_last_copy(engine, client, identity, wanted)
@@ -354,6 +356,16 @@ class Attacher:
             self.clients.report_detached(wanted)
         elif (report := self.clients.withdraw_report(client, identity)) is not None:
             engine.hide(client, report.volume)
+        return True
+
+    def _gives_back(self, engine: Engine, leaving: Attachment) -> bool:
+        """Give a volume back to a node that was detaching it when this machine restarted: it may write out its data."""
+        volume = self.store.get(VOLUMES, leaving.volume)
+        if volume is None or volume.uuid != leaving.uuid or not engine.awaits(leaving):
+            return False
+        if not _may_use(engine, volume, leaving) or not self._others_are_off(volume, leaving.client):
+            return False
+        self._give(engine, volume, leaving, private=leaving.read_only and volume.has_private_readers)
         return True
 
     def _holds_last_copy(self, engine: Engine, client: str, identity: str, wanted: Attachment | None) -> bool:

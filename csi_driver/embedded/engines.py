@@ -62,6 +62,10 @@ class Engine(Protocol):
 
     def hold(self, client: str, identity: str) -> Hold | None: ...
 
+    def awaits(self, leaving: Attachment) -> bool:
+        """Return whether a client lost its hold in a restart of this machine, and may come back for it."""
+        ...
+
     # The methods below need a hold, but `attach` and `hide`.
 
     def has_file(self, client: str, identity: str, file: Path) -> bool:

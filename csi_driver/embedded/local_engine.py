@@ -129,6 +129,9 @@ class LocalEngine:
     def has_file(self, client: str, identity: str, file: Path) -> bool:
         return self.loops.has_file(self.devices[client, identity], file)
 
+    def awaits(self, leaving: Attachment) -> bool:
+        return False  # what used it went with the machine
+
     def fits(self, wanted: Attachment, *, private: bool) -> bool:
         device = self.devices[wanted.client, wanted.uuid]
         read_only = wanted.read_only and not private

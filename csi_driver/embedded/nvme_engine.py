@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 
 from csi_driver.background import Worker
@@ -19,6 +18,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded.clients import Clients, Pair
 from csi_driver.embedded.documents import NO_FREE_PORT, ApiError, detail
 from csi_driver.embedded.engines import Hold
+from csi_driver.embedded.export_use import ExportUse, Use
 from csi_driver.embedded.host_keys import HostKeyStore
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import (
@@ -36,18 +36,13 @@ from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import LOOP, NVME_TCP, NvmeTarget, StorageSettings
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed, SystemCallFailed
-from csi_driver.host_model import Connection, ExportCounts, HostKeys, SocketState, TargetExport
+from csi_driver.host_model import ExportCounts, HostKeys, TargetExport
 from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
 
 _log = logging.getLogger(__name__)
 
-SILENT_S = 15.0
-"""Time without a connection after which a node counts as dead or cut off. It reconnects every 2 s, and the keep-alive
-time in which the target notices a dead one is 5 s."""
 REFUSED_S = 900.0
 """Time for which a node that was cut off is told so: longer than it tries to connect."""
-_OPENING = (SocketState.ESTABLISHED, SocketState.SYN_RECEIVED, SocketState.NEW_SYN_RECEIVED)
-_CLOSED_BY_TARGET = (SocketState.FIN_WAIT1, SocketState.FIN_WAIT2, SocketState.CLOSING)
 
 
 def can_export(settings: StorageSettings, pool: Pool, target: NvmeTarget) -> bool:
@@ -64,14 +59,6 @@ def can_export(settings: StorageSettings, pool: Pool, target: NvmeTarget) -> boo
     else:
         _log.info("volumes are not exported over NVMe/TCP: %s", why_not)
     return not why_not
-
-
-class _Use(Enum):
-    """Use of an export by its node, by the connections to its port."""
-
-    CONNECTED = "connected, or perhaps about to connect again"
-    ENDED = "the node has closed its connections"
-    LOST = "the node has been dead or cut off for a while"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +96,9 @@ class NvmeEngine:
     _of_volume: dict[str, set[str]] = field(default_factory=dict)
     _used: set[int] = field(default_factory=set)
     _next: int = 0
-    _unproven: set[str] = field(default_factory=set)
-    """NQNs of attachments from before the start: their nodes may not have connected again yet."""
-    _closing: dict[str, float] = field(default_factory=dict)
-    """Since when the target has been closing the connections of an NQN, because it noticed no host."""
-    _silent: dict[str, float] = field(default_factory=dict)
-    """When a client had a connection last, or got its first export."""
-    _looked_s: float = 0.0
-    _connections: int = 0
 
     def __post_init__(self) -> None:
-        self._started_s = self._looked_s = self.clock.monotonic()
+        self._use = ExportUse(self.target.connections, self.clock)
         self.clients.has_exports = True
         self.clients.place = self.place
 
@@ -129,7 +108,7 @@ class NvmeEngine:
         rows = [row for row in self.store.everywhere(ATTACHMENTS) if self._is_node(row.client)]
         by_nqn = {self._nqn(row): row for row in rows}
         self._used = {row.port for row in rows}
-        self._unproven = set(by_nqn)
+        self._use.unproven = set(by_nqn)
         exported = self.target.exported(self._pool_uuid)
         if away := self.target.elsewhere(exported):
             raise PreconditionFailed(
@@ -145,13 +124,13 @@ class NvmeEngine:
                 is_open = found.is_linked and found.is_enabled
                 self._put((row.client, row.uuid), _Export(known, row.inode, found == wanted, is_open))
                 if not found.is_linked and not row.is_attaching:
-                    self._unproven.discard(found.nqn)  # it was being withdrawn
+                    self._use.unproven.discard(found.nqn)  # it was being withdrawn
                 continue
             self._used.add(found.port)
             if not found.is_linked:
                 self.worker.soon(*self._withdrawing(found))
             elif found.hosts:
-                self._unproven.add(found.nqn)
+                self._use.unproven.add(found.nqn)
                 self._put((found.nqn, volume_of(found.nqn)), _Export(found, 0, is_whole=True, is_open=True))
             else:
                 self.worker.later(*self._withdrawing(found), REFUSED_S)
@@ -178,7 +157,7 @@ class NvmeEngine:
     def _put(self, pair: Pair, export: _Export) -> None:
         self._exports[pair] = export
         self._of_volume.setdefault(pair[1], set()).add(pair[0])
-        self._silent.setdefault(pair[0], self.clock.monotonic())
+        self._use.begin(pair[0])
 
     def _forget(self, pair: Pair) -> None:
         del self._exports[pair]
@@ -197,8 +176,7 @@ class NvmeEngine:
         return found is not None and self.clients.connects_on_demand(found)
 
     def is_down(self, client: str) -> bool:
-        """Return whether no look has found a connection of a node with exports for a while."""
-        return self._looked_s - self._silent.get(client, self._looked_s) >= SILENT_S
+        return self._use.is_down(client)
 
     def is_connected(self, client: str) -> bool:
         ports = [export.target.port for pair, export in list(self._exports.items()) if pair[0] == client]
@@ -237,6 +215,10 @@ class NvmeEngine:
         found = self._exports[client, identity]
         return not found.inode or found.inode == self.pool.inode(file)
 
+    def awaits(self, leaving: Attachment) -> bool:
+        is_lost = (leaving.client, leaving.uuid) not in self._exports
+        return is_lost and bool(leaving.port) and self._use.may_return(self._nqn(leaving))
+
     def fits(self, wanted: Attachment, *, private: bool) -> bool:
         found = self._exports[wanted.client, wanted.uuid]
         is_same = found.target.nqn == self._nqn(wanted) and self._is_private(found.target) == private
@@ -247,7 +229,7 @@ class NvmeEngine:
         rows = sum(row.is_attaching and self._is_node(row.client) for row in self.store.everywhere(ATTACHMENTS))
         low, high = self.settings.export_ports
         free = high - low + 1 - sum(low <= port <= high for port in list(self._used))
-        return ExportCounts(exported, max(0, rows - exported), self._connections, free)
+        return ExportCounts(exported, max(0, rows - exported), self._use.connected, free)
 
     # --- changes ---
 
@@ -369,17 +351,12 @@ class NvmeEngine:
     def release(self, client: str, identity: str, volume_name: str | None, *, row_stays: bool) -> bool:
         pair = client, identity
         found, port = self._exports[pair], self._exports[pair].target.port
-        use = _Use.ENDED
-        if not found.is_cut:
-            connections = self.target.connections((port,)).get(port, ())
-            use = self._use(found.target.nqn, connections)
-            if any(each.is_live for each in connections):
-                self._silent[client] = self.clock.monotonic()  # it may have returned since the last look
-        if use is _Use.CONNECTED:
+        use = Use.ENDED if found.is_cut else self._use.of(client, found.target.nqn, port)
+        if use is Use.CONNECTED:
             return False
         if row_stays:
             self._renew(pair)
-        if use is _Use.LOST:
+        if use is Use.LOST:
             found = self._refuse(pair)
         if found.is_cut:
             self.worker.later(*self._withdrawing(found.target), REFUSED_S)
@@ -409,42 +386,10 @@ class NvmeEngine:
         self._used.discard(target.port)
         return True
 
-    # --- connections ---
-
-    def _use(self, nqn: str, found: Sequence[Connection]) -> _Use:
-        now_s = self.clock.monotonic()
-        if any(each.state in _OPENING for each in found):
-            self._unproven.discard(nqn)
-            self._closing.pop(nqn, None)
-            return _Use.CONNECTED
-        since_s = self._started_s if nqn in self._unproven else None
-        if any(each.state in _CLOSED_BY_TARGET for each in found):
-            since_s = self._closing.setdefault(nqn, now_s)
-        else:
-            self._closing.pop(nqn, None)
-        if since_s is None:
-            return _Use.ENDED
-        return _Use.LOST if now_s - since_s >= SILENT_S else _Use.CONNECTED
-
     def look(self) -> list[Pair]:
         """Look at the connections to all exports; return the attachments that no node uses."""
         exports = list(self._exports.items())
-        found = self.target.connections([export.target.port for _, export in exports]) if exports else {}
-        now_s, live, unused = self.clock.monotonic(), set[str](), list[Pair]()
-        for pair, export in exports:
-            connections = found.get(export.target.port, ())
-            if any(each.is_live for each in connections):
-                live.add(pair[0])
-            if self._use(export.target.nqn, connections) is not _Use.CONNECTED:
-                unused.append(pair)
-        for nqn in self._closing.keys() - {export.target.nqn for _, export in exports}:
-            self._closing.pop(nqn, None)
-        self._silent = {
-            client: now_s if client in live else self._silent.get(client, now_s) for client, _ in dict(exports)
-        }
-        self._connections = sum(each.is_live for connections in found.values() for each in connections)
-        self._looked_s = now_s
-        return unused
+        return self._use.look({pair: (export.target.nqn, export.target.port) for pair, export in exports})
 
 
 def volume_of(nqn: str) -> str:

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from csi_driver.embedded.export_use import SILENT_S
 from csi_driver.embedded.model import ATTACHMENTS, EXCLUSIVE_READ_WRITE, VOLUMES
-from csi_driver.embedded.nvme_engine import REFUSED_S, SILENT_S, volume_of
+from csi_driver.embedded.nvme_engine import REFUSED_S, volume_of
 from csi_driver.nvme_model import host_nqn
 from tests.fakes.nvme_kernel import Controller
 from tests.property.test_reservations_model import EXAMPLES, USUAL_EXAMPLES

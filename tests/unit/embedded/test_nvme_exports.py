@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded.export_use import SILENT_S
 from csi_driver.embedded.model import ATTACHMENTS
-from csi_driver.embedded.nvme_engine import REFUSED_S, SILENT_S
+from csi_driver.embedded.nvme_engine import REFUSED_S
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal, read_ports
 from csi_driver.errors import PreconditionFailed
@@ -207,6 +208,32 @@ def test_after_a_start_a_node_has_time_to_connect_again(storage: Storage) -> Non
     storage.connect("worker")
     storage.pass_time(10 * SILENT_S)
     assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+
+
+def test_a_node_that_is_detaching_writes_out_its_data_after_a_restart_of_the_machine(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    export = storage.export("worker")
+    storage.connect("worker")
+    storage.manager.detach("data", "worker")
+    storage.reboot()
+    controller = storage.connect_to("worker", export["nqn"], export["paths"][0])
+    storage.pass_time(10 * SILENT_S)
+    storage.kernel.write(controller, 0, BLOCK)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+    storage.kernel.disconnect(controller)
+    storage.pass_time(10)
+    assert storage.manager.attachment("data", "worker") is None
+
+
+def test_a_node_that_is_detaching_and_does_not_come_back_ends(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.connect("worker")
+    storage.manager.detach("data", "worker")
+    storage.reboot()
+    storage.pass_time(SILENT_S - 2)
+    assert storage.manager.attachment("data", "worker") is not None
+    storage.pass_time(10)
+    assert storage.manager.attachment("data", "worker") is None
 
 
 def test_a_volume_is_deleted_when_its_last_node_has_gone(storage: Storage) -> None:
