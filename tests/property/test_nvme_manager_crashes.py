@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.embedded.nvme_engine import REFUSED_S, SILENT_S
+from csi_driver.embedded.export_use import SILENT_S
+from csi_driver.embedded.nvme_engine import REFUSED_S
 from csi_driver.nvme_model import host_nqn
 from tests.unit.embedded.test_nvme_exports import BLOCK, EXCLUSIVE, Storage
 
