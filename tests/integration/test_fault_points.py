@@ -136,7 +136,9 @@ ENCRYPTED_STORIES = {
     ),
 }
 """Tested by `tests/vm/test_encrypted_faults.py`: they need a kernel with device-mapper."""
-NOT_ON_THE_WAY = {"read_only_devices.release_left_over", "encryption.resume"}
+CONNECTIONS = {"devices.connect", "devices.disconnect", "devices.remove_orphan"}
+"""The fake of the kernel's NVMe dies with its process: these kills are in test_nvme_tcp.py and test_connections.py."""
+NOT_ON_THE_WAY = {"read_only_devices.release_left_over", "encryption.resume", *CONNECTIONS}
 """Passed only by a request that repairs the leftovers of a crash: `test_a_repairing_request_may_be_killed_as_well`,
 `tests/vm/test_encrypted_volumes.py`."""
 
