@@ -216,6 +216,14 @@ def test_a_repeated_connect_changes_nothing(machine: Machine, volume: str) -> No
     assert (machine.number(), machine.volumes.sysfs.entries()) == (number, entries)
 
 
+def test_a_path_that_is_connected_is_not_connected_twice(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    record, entries = machine.volumes.records.all()[NAME], machine.volumes.sysfs.entries()
+    machine.volumes.start_connect(record, *at(export).paths).result(WAIT_S)
+    assert machine.volumes.sysfs.entries() == entries
+
+
 def test_every_portal_is_a_path(machine: Machine, volume: str) -> None:
     export = machine.export(volume, addresses=(V4, V6))
     machine.connect(export)

@@ -48,7 +48,7 @@ IO_TIMEOUT_S, MOST_IO_QUEUES = 600, 4
 _QUEUE_SIZE, _KEEP_ALIVE_S, _RECONNECT_DELAY_S = 128, 5, 2
 _FIRST_S, _MOST_S = 0.005, 0.1  # pauses between looks at sysfs
 _DELETES_AT_ONCE = 8
-_ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)
+_ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)  # the kernel looks; a look here would read every subsystem
 _KEY_FAILURES = (errno.ENOKEY, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EKEYREVOKED)
 
 
@@ -171,8 +171,6 @@ class NvmeVolumes:
         record = self.records.get(wanted.name)
         if record is None or record.export.nqn != wanted.export.nqn or record.is_ending or record.is_refused:
             return  # given up since
-        if path in self._paths_of(wanted):
-            return
         about = f"volume {wanted.name} at {path}"
         try:
             self.fabrics.connect(about, self._connect_options(wanted, path))
