@@ -114,6 +114,7 @@ def test_many_nodes_behind_one_address_register_without_a_pause(manager: Manager
 @pytest.mark.parametrize(
     "key",
     ["", "DHHC-1:00:AAAA:", KEY[:-1], KEY.replace("DHHC-1:00", "DHHC-1:02"), KEY[:12] + "AAAA" + KEY[16:], KEY + "\n"],
+    ids=["empty", "short", "without-end", "of-another-hash", "wrong-checksum", "with-newline"],
 )
 def test_a_key_that_the_kernel_would_refuse_is_refused(manager: Manager, key: str) -> None:
     status, answer = register(manager, key=key)
