@@ -231,23 +231,28 @@ class SocketState(Enum):
     NEW_SYN_RECEIVED = 12
 
 
+_CONNECT_BYTES = 128 + 72 + 1024
+"""What a host sends at least before it can do I/O: the opening of the connection, and the Connect command."""
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A TCP connection to a local port. `is_owned`: the target has not given its socket back, so I/O may be running."""
+    """A TCP connection to a local port. `is_owned`: the target has not given its socket back, so I/O may be running.
+
+    `received_bytes`: from the peer; None = unknown.
+    """
 
     port: int
     peer: str
     state: SocketState
     is_owned: bool = True
+    received_bytes: int | None = None
 
     @property
     def is_live(self) -> bool:
-        return self.state is SocketState.ESTABLISHED
-
-    @property
-    def is_unanswered(self) -> bool:
-        """Whether this side has closed it, and the peer has not acknowledged that: it may be dead or cut off."""
-        return self.state in (SocketState.FIN_WAIT1, SocketState.CLOSING, SocketState.LAST_ACK)
+        """Whether a host has it. The target keeps one that sends nothing for ever: a monitor's, or a dead machine's."""
+        is_host = self.received_bytes is None or self.received_bytes >= _CONNECT_BYTES
+        return self.state is SocketState.ESTABLISHED and is_host
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from csi_driver.host_model import Connection, SocketState
 SILENT_S = 15.0
 """Time without a connection after which a node counts as dead or cut off. It reconnects every 2 s, and the keep-alive
 time in which the target notices a dead one is 5 s."""
-_OPENING = (SocketState.ESTABLISHED, SocketState.SYN_RECEIVED, SocketState.NEW_SYN_RECEIVED)
 _CLOSED_BY_TARGET = (SocketState.FIN_WAIT1, SocketState.FIN_WAIT2, SocketState.CLOSING)
 
 
@@ -35,7 +34,7 @@ class ExportUse:
     connected: int = 0
     """Live connections at the latest look."""
     _closing: dict[str, float] = field(default_factory=dict)
-    """Since when the target has been closing the connections of an NQN, because it noticed no host."""
+    """When the target closed the connections of an NQN, because it noticed no host that has not come back since."""
     _silent: dict[str, float] = field(default_factory=dict)
     """When a client had a connection last, or got its first export."""
 
@@ -62,15 +61,13 @@ class ExportUse:
 
     def _judge(self, nqn: str, found: Collection[Connection]) -> Use:
         now_s = self.clock.monotonic()
-        if any(each.state in _OPENING for each in found):
+        if any(each.is_live for each in found):
             self.unproven.discard(nqn)
             self._closing.pop(nqn, None)
             return Use.CONNECTED
-        since_s = self._started_s if nqn in self.unproven else None
         if any(each.state in _CLOSED_BY_TARGET for each in found):
-            since_s = self._closing.setdefault(nqn, now_s)
-        else:
-            self._closing.pop(nqn, None)
+            self._closing.setdefault(nqn, now_s)
+        since_s = self._closing.get(nqn, self._started_s if nqn in self.unproven else None)
         if since_s is None:
             return Use.ENDED
         return Use.LOST if now_s - since_s >= SILENT_S else Use.CONNECTED

@@ -21,6 +21,10 @@ _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI48x")
 _PORTS, _PEER_AT, _INODE_AT = struct.Struct("!4xHH"), 24, 68
 """Places in struct inet_diag_msg, which begins with the family and the state."""
+_MESSAGE_BYTES = 72
+_ATTRIBUTE = struct.Struct("=HH")
+_INFO, _RECEIVED_AT = 2, 128
+"""The attribute with struct tcp_info (include/uapi/linux/tcp.h), and the place of tcpi_bytes_received in it."""
 _BYTECODE = 1
 _SOURCE_AT_LEAST, _SOURCE_AT_MOST = 2, 3
 _UNCONNECTED = (SocketState.LISTEN, SocketState.CLOSE, SocketState.TIME_WAIT)
@@ -53,7 +57,7 @@ def _dumped(family: int, lowest: int, highest: int, states: int) -> Iterator[Con
     # Each instruction has the jumps when it holds and when not; a jump behind the end rejects the socket.
     code = struct.pack("=BBHHH", _SOURCE_AT_LEAST, 8, 20, 0, lowest)
     code += struct.pack("=BBHHH", _SOURCE_AT_MOST, 8, 12, 0, highest)
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, states)
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << _INFO - 1, 0, states)
     body += struct.pack("=HH", 4 + len(code), _BYTECODE) + code
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
         kernel.send(_HEADER.pack(_HEADER.size + len(body), _BY_FAMILY, _DUMP_REQUEST, 1, 0) + body)
@@ -61,11 +65,11 @@ def _dumped(family: int, lowest: int, highest: int, states: int) -> Iterator[Con
             answer = kernel.recv(_ANSWER_BYTES)
             while answer:
                 length, kind = _HEADER.unpack_from(answer)[:2]
-                if kind == _DONE:
-                    return
-                if kind == _ERROR:
+                if kind in (_ERROR, _DONE):
                     (number,) = struct.unpack_from("=i", answer, _HEADER.size)
-                    raise OSError(-number or errno.EIO, "sock_diag")
+                    if number or kind == _ERROR:
+                        raise OSError(-number or errno.EIO, "sock_diag")
+                    return
                 yield _connection(answer[_HEADER.size : length])
                 answer = answer[(length + 3) & ~3 :]
 
@@ -77,4 +81,15 @@ def _connection(message: bytes) -> Connection:
         peer = socket.inet_ntop(socket.AF_INET, message[_PEER_AT : _PEER_AT + 4])
     else:
         peer = f"[{socket.inet_ntop(socket.AF_INET6, message[_PEER_AT : _PEER_AT + 16])}]"
-    return Connection(port, f"{peer}:{peer_port}", SocketState(message[1]), is_owned=inode != 0)
+    return Connection(port, f"{peer}:{peer_port}", SocketState(message[1]), inode != 0, _received_bytes(message))
+
+
+def _received_bytes(message: bytes) -> int | None:
+    at = _MESSAGE_BYTES
+    while at < len(message):
+        length, kind = _ATTRIBUTE.unpack_from(message, at)
+        if kind == _INFO and length >= _ATTRIBUTE.size + _RECEIVED_AT + 8:
+            (received,) = struct.unpack_from("=Q", message, at + _ATTRIBUTE.size + _RECEIVED_AT)
+            return int(received)
+        at += (length + 3) & ~3
+    return None

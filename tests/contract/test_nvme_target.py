@@ -10,6 +10,7 @@ import base64
 import contextlib
 import errno
 import os
+import socket
 import subprocess
 import threading
 import uuid
@@ -98,6 +99,16 @@ class World:
             yield
         finally:
             subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=True)
+
+    @contextlib.contextmanager
+    def idle(self, export: TargetExport) -> Iterator[None]:
+        """Connect to the port of an export, and send nothing."""
+        if self.kernel is not None:
+            self.kernel.idle.append(export.port)
+            yield
+            return
+        with socket.create_connection((export.addresses[0], export.port)):
+            yield
 
     def files(self) -> Configfs:
         return self.target.files
@@ -328,6 +339,19 @@ def test_a_port_shows_its_connections(world: World) -> None:
     wait = threading.Event()
     while any(each.is_live for each in world.target.connections([export.port])[export.port]):
         wait.wait(0.01)
+
+
+def test_a_connection_that_sends_nothing_is_shown_as_no_hosts_and_delays_no_cut(world: World) -> None:
+    export = world.export(ONE)
+    world.target.apply(export)
+    with world.idle(export):
+        (idle,) = world.target.connections([export.port])[export.port]
+        assert (idle.state, idle.is_live) == (SocketState.ESTABLISHED, False)
+        world.connect(export, ONE)
+        assert any(each.is_live for each in world.target.connections([export.port])[export.port])
+        world.target.apply(replace(export, hosts=frozenset({ONE, OTHER})))
+        world.target.apply(replace(export, hosts=frozenset({ONE})))
+    assert not any(each.is_live for each in world.target.connections([export.port])[export.port])
 
 
 def test_an_export_has_a_port_at_each_address(world: World) -> None:

@@ -113,6 +113,8 @@ class NvmeKernel:
         self.subsystems: dict[str, _Subsystem] = {}
         self.controllers: list[Controller] = []
         self.closing: list[Controller] = []
+        self.idle: list[int] = []
+        """Ports of the connections on which nobody has sent anything."""
         self.is_elsewhere = False
         """Whether the exports were made in another network namespace than the manager's."""
         self.modes: dict[str, int] = {}
@@ -199,6 +201,9 @@ class NvmeKernel:
                     each.running -= 1
                 elif each.answers:
                     self.closing.remove(each)
+            for port in self.idle:
+                if port in found:
+                    found[port].append(Connection(port, "127.0.0.1:39999", SocketState.ESTABLISHED, received_bytes=0))
             return {port: tuple(each) for port, each in found.items()}
 
     @staticmethod
@@ -339,6 +344,7 @@ class NvmeKernel:
                         if each.port_id == number and (each.nqn == nqn or not port.subsystems)
                     ]
                     self._drop(ended)
+                    self.idle = [each for each in self.idle if each != port.place[1]]
                 case _:
                     raise _refuse(errno.EPERM)
 

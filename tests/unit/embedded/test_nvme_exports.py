@@ -185,6 +185,32 @@ def test_a_node_that_comes_back_in_time_keeps_its_volume(storage: Storage) -> No
     storage.kernel.write(controller, 0, BLOCK)
 
 
+def test_a_node_that_learns_that_its_connections_were_closed_has_time_to_connect_again(storage: Storage) -> None:
+    """Its kernel answers for a machine that stood still, e.g. while it was moved, and connects again 2 s later."""
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.manager.detach("data", "worker")
+    storage.kernel.give_up(controller)
+    storage.pass_time(2)
+    storage.kernel.closing.clear()
+    storage.pass_time(SILENT_S - 4)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+    storage.kernel.write(storage.connect("worker"), 0, BLOCK)
+
+
+def test_a_connection_without_a_host_keeps_no_volume(storage: Storage) -> None:
+    """A monitor's, or that of a machine that died between two packets: the target keeps it for ever."""
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.kernel.idle.append(controller.port)
+    storage.pass_time(2)
+    storage.kernel.disconnect(controller)
+    storage.pass_time(SILENT_S + 2)
+    assert storage.is_down("worker")
+    storage.manager.detach("data", "worker")
+    assert storage.manager.attachment("data", "worker") is None
+
+
 def test_a_node_that_comes_back_too_late_is_refused_for_as_long_as_it_tries(storage: Storage) -> None:
     storage.manager.attach("data", "worker", mode=EXCLUSIVE)
     export = storage.export("worker")
