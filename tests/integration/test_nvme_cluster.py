@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.model import AccessMode
 from csi_driver.rpc.client import CallFailed
 from tests.contract.host_machine import mounts_below
+from tests.integration.cluster import ClusterVolume
 from tests.integration.nvme_cluster import NvmeCluster, nvme_cluster
 from tests.integration.rig import MIB, digest, filesystem, fill, raw_block
 from tests.reflink_pool import XFS, mounted
@@ -83,9 +85,19 @@ def test_a_staged_volume_is_not_detached(cluster: NvmeCluster) -> None:
     with pytest.raises(CallFailed, match="FAILED_PRECONDITION"):
         volume.attach("node-2")
     assert digest(volume.target("node-1") / "data", MIB) == wanted
-    volume.down("node-1")
+    volume.put_away("node-1")
+    # The detachment has begun above; it continues when the manager sees that the connection is closed.
+    assert Deadline.after(60).wait_until(lambda: is_detached(volume, "node-1"))
     volume.up("node-2")
     volume.down("node-2")
+
+
+def is_detached(volume: ClusterVolume, node: str) -> bool:
+    try:
+        volume.detach(node)
+    except CallFailed:
+        return False
+    return True
 
 
 def test_a_raw_volume_is_used_on_two_nodes_at_once(cluster: NvmeCluster) -> None:
