@@ -30,18 +30,19 @@ COMMAND_LIMIT_S = 300.0
 _SOURCES = ("csi_driver", "proto", "tests", "pyproject.toml")
 
 _AGENT = """
+set -e
 for card in /sys/class/net/*; do
-    IFS=: read -r _ _ _ network _ number <"$card/address"
+    IFS=: read -r _ _ _ network _ number <"$card/address" || continue
     case $network in 0[789]) ip addr add "10.$((10#$network)).0.$((16#$number))/24" dev "${card##*/}"
         ip link set "${card##*/}" up ;; esac
 done
 hostname NAME
 modprobe -a nvme configfs nvmet-tcp nvme-tcp
 mount -t configfs configfs /sys/kernel/config
-for try in $(seq 100); do drive=$(ls -d /sys/class/nvme/*/nvme*n1 2>/dev/null) && break; sleep 0.1; done
-drive=/dev/${drive##*/}
+for try in $(seq 100); do drive=$(ls /dev/nvme*n1 2>/dev/null) && break; sleep 0.1; done
 blkid -p "$drive" >/dev/null || mkfs.xfs -q "$drive"
-mkdir -p /drive && mount "$drive" /drive
+mkdir -p /drive
+mount "$drive" /drive
 exec python -B -S -E tests/vm/agent.py 10.7.0.NUMBER:PORT
 """
 
