@@ -289,7 +289,7 @@ def measure_scale(report: Report, counts: Sequence[int]) -> None:
 
 def measure_storm(report: Report, attaches: int, stages: int) -> None:
     """Attach many volumes at once; then stage many at once on a node that has just started and has no connection."""
-    directory = pool_on(drive("nullb0", 4096)) / "bench"
+    directory = pool_on(drive("nullb1", 4096)) / "bench"
     with running(directory) as rig:
         life = Life(rig.controller, rig.node, NODE, BLOCK)
         volumes = new_volumes(directory, "storm", attaches + 6)
