@@ -76,7 +76,7 @@ class Machine:
         """The node after a restart of its program."""
         halves = {} if self.kernel is None else {"fabrics": self.kernel.fabrics, "sysfs": self.kernel.sysfs}
         volumes = NvmeVolumes(lambda: NODE, self.devices, self.directory / "registry", clock=self.clock, **halves)  # type: ignore[arg-type]
-        self.volumes, self.keeper = volumes, PathKeeper(volumes)
+        self.volumes, self.keeper = volumes, PathKeeper(volumes, round_s=WAIT_S)
         return volumes, self.keeper
 
     def export(

@@ -151,7 +151,7 @@ class NvmeNode:
             fabrics=self.kernel.fabrics,
             sysfs=self.kernel.sysfs,
         )
-        self.keeper = PathKeeper(volumes)
+        self.keeper = PathKeeper(volumes, round_s=60)  # a round ends with the results of its connects
         self.devices = LinuxDevices(self.root / "dev", self.root / "proc", keeper=self.keeper)
         paths = LinuxPaths([self.path_root])
         self.use = assemble(
