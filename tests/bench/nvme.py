@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from tests.bench import history
 from tests.bench.history import Curves, Machine
-from tests.bench.nvme_guest import DEPTHS, DEVICES, FILE, PATTERNS, RESULT
+from tests.bench.nvme_guest import DEPTHS, DEVICES, FILE, PATTERNS, RESULT, fio_script, rates_of
 from tests.bench.report import Report
 from tests.vm.machines import Machine as Guest
 from tests.vm.machines import Machines, set_up_networks
@@ -106,9 +105,8 @@ def _network_table(
 
 
 def _rates(machine: Guest, place: str, patterns: Sequence[str], runtime_s: float) -> list[float]:
-    words = ["--place", place, "--runtime", str(runtime_s), *(f"--pattern={each}" for each in patterns)]
-    output = machine.run(shlex.join(["python", "-B", "-m", "tests.bench.nvme_guest", "rates", *words]), limit_s=LIMIT_S)
-    return [float(rate) for rate in json.loads(output.splitlines()[-1].removeprefix(RESULT))]
+    jobs = [(Path(place), pattern, depth) for pattern in patterns for depth in DEPTHS]
+    return rates_of(machine.run(fio_script(jobs, runtime_s), limit_s=LIMIT_S))
 
 
 def main() -> int:

@@ -129,6 +129,11 @@ def loop_over(file: Path) -> Path:
 
 def rates(jobs: Sequence[tuple[Path, str, int]], runtime_s: float, *, size_mib: int = SIZE_MIB) -> list[float]:
     """Return the requests per second of jobs (place, name of the pattern, depth), run by one fio one after another."""
+    return rates_of(shell(fio_script(jobs, runtime_s, size_mib=size_mib)))
+
+
+def fio_script(jobs: Sequence[tuple[Path, str, int]], runtime_s: float, *, size_mib: int = SIZE_MIB) -> str:
+    """Return a shell script that runs the jobs; its output is for `rates_of`."""
     lines = ["[global]", "ioengine=libaio", "direct=1", "randrepeat=0", "thread", "group_reporting"]
     lines += [f"size={size_mib}m", "time_based", f"runtime={int(runtime_s * 1000)}ms"]
     for number, (place, pattern, depth) in enumerate(jobs):
@@ -136,12 +141,11 @@ def rates(jobs: Sequence[tuple[Path, str, int]], runtime_s: float, *, size_mib: 
         lines += [f"[job{number}]", "stonewall", f"filename={place}", f"rw={kind}", f"bs={size}"]
         # A thread waits for each flush.
         lines += ["fdatasync=1", f"numjobs={min(depth, 8)}"] if pattern.endswith("fdatasync") else [f"iodepth={depth}"]
-    file = Path("/run/bench.fio")
-    file.write_text("\n".join(lines) + "\n")
-    done = subprocess.run(["fio", "--output-format=json", file], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"fio: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
+    return "\n".join(("fio --output-format=json - <<END", *lines, "END"))
+
+
+def rates_of(output: str) -> list[float]:
+    found = json.loads(output[output.index("{") : output.rindex("}") + 1])["jobs"]
     return [sum(job[kind]["iops"] for kind in ("read", "write")) for job in found]
 
 
@@ -336,12 +340,9 @@ def connect_there(address: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("data", "writes", "scale", "storm", "export", "connect", "rates"))
+    parser.add_argument("part", choices=("data", "writes", "scale", "storm", "export", "connect"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--address", default="127.0.0.1")
-    parser.add_argument("--place", action="append", default=[], type=Path)
-    parser.add_argument("--pattern", action="append", default=[], choices=PATTERNS)
-    parser.add_argument("--runtime", type=float, default=1.0)
     options = parser.parse_args()
     load_modules()
     if not Path("/sys/kernel/config/nullb").exists():
@@ -357,12 +358,8 @@ def main() -> None:
         measure_storm(report, *((8, 4) if options.quick else (100, 60)))
     elif options.part == "export":
         export_here(options.address)
-    elif options.part == "connect":
-        connect_there(options.address)
     else:
-        jobs = [(place, pattern, depth) for pattern in options.pattern for depth in DEPTHS for place in options.place]
-        print(RESULT + json.dumps(rates(jobs, options.runtime)))
-        return
+        connect_there(options.address)
     print(f"{options.part}: {time.perf_counter() - begun:.0f} s of the guest's clock")
     print(RESULT + json.dumps(report.curves))
 
