@@ -66,14 +66,14 @@ else
 endif
 
 .PHONY: test-vm
-test-vm: $(VENV)/test ## as root: encryption, lost devices and NVMe/TCP in one emulated machine, then failover (45 min / 40 min)
+test-vm: $(VENV)/test ## as root: encryption, lost devices and NVMe/TCP in one emulated machine, then failover (estimate: 45 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest in the guest: $(or $(PYTEST_ARGS),$(VM_TESTS))'
 	@tests/vm/run $(CACHE)/vm -v $(or $(PYTEST_ARGS),$(VM_TESTS))
 	@[ -n "$(PYTEST_ARGS)" ] || $(MAKE) --no-print-directory test-failover
 
 .PHONY: test-failover
-test-failover: $(VENV)/test ## as root: NVMe/TCP between three emulated machines that die and lose cables (15 min / 10 min)
+test-failover: $(VENV)/test ## as root: NVMe/TCP between three emulated machines that die and lose cables (estimate: 20 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest with three guests: $(or $(PYTEST_ARGS),$(FAILOVER_TESTS))'
 	@tests/vm/run-machines $(CACHE)/vm $(BIN)/python -v -s $(or $(PYTEST_ARGS),$(FAILOVER_TESTS))
