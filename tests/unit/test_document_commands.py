@@ -26,7 +26,7 @@ KUBECTL: Mapping[str, frozenset[str]] = {
         "auth": "--as",
         "create": "--from-literal --from-file --namespace -n",
         "cordon": "",
-        "delete": "--filename --ignore-not-found --namespace -f -n",
+        "delete": "--filename --ignore-not-found --namespace -f -n --cascade",
         "describe": "--namespace -n",
         "drain": "--ignore-daemonsets --delete-emptydir-data",
         "exec": "--namespace --container -n -c",

@@ -334,6 +334,49 @@ def test_only_a_rolling_update_has_terms() -> None:
     assert rolling.one("Deployment", "controller")["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 1
 
 
-def test_a_storage_pod_that_fails_is_replaced_when_the_values_are_corrected() -> None:
+# What the API server refuses to change, as releases since 2.0 have it.
+MUTABLE = {"replicas", "template", "updateStrategy", "strategy", "revisionHistoryLimit", "minReadySeconds"}
+MUTABLE |= {"progressDeadlineSeconds", "persistentVolumeClaimRetentionPolicy"}
+NAME = {"app.kubernetes.io/name": "nvmesh-csi-driver", "app.kubernetes.io/instance": "nvmesh-csi"}
+
+
+def selector(component: str) -> Manifest:
+    return {"selector": {"matchLabels": {**NAME, "app.kubernetes.io/component": component}}}
+
+
+FIXED: dict[str, Manifest] = {
+    "nvmesh-csi-controller": selector("controller"),
+    "nvmesh-csi-node": selector("node"),
+    "nvmesh-csi-storage": {"serviceName": "nvmesh-csi-storage", **selector("storage")},
+    "nvmesh-csi.excelero.com": {
+        "attachRequired": True,
+        "volumeLifecycleModes": ["Persistent"],
+        "podInfoOnMount": False,
+        "requiresRepublish": False,
+        "fsGroupPolicy": "File",
+        "storageCapacity": True,
+        "seLinuxMount": True,
+        "nodeAllocatableUpdatePeriodSeconds": 60,
+    },
+}
+
+
+def fixed(*values: str) -> dict[str, Manifest]:
+    rendered = render(*values)
+    found = [manifest for kind in (*WORKLOADS, "CSIDriver") for manifest in rendered.of(kind)]
+    return {
+        one["metadata"]["name"]: {key: value for key, value in one["spec"].items() if key not in MUTABLE}
+        for one in found
+    }
+
+
+def test_an_upgrade_changes_no_field_that_the_api_server_keeps() -> None:
+    """GitOps and the plain manifests look nothing up: they apply what is rendered here."""
+    assert fixed(*EMBEDDED) == FIXED
+    assert fixed(*NVMESH) == {name: spec for name, spec in FIXED.items() if name != "nvmesh-csi-storage"}
+
+
+def test_a_failing_pod_of_a_new_release_that_exports_is_replaced_when_the_values_are_corrected() -> None:
     """With Kubernetes' default, OrderedReady, an update waits for the failing pod for ever."""
-    assert render(*EMBEDDED).one("StatefulSet", "-storage")["spec"]["podManagementPolicy"] == "Parallel"
+    storage = {**FIXED["nvmesh-csi-storage"], "podManagementPolicy": "Parallel"}
+    assert fixed(*EXPORTED) == {**FIXED, "nvmesh-csi-storage": storage}
