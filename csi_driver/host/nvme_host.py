@@ -85,12 +85,11 @@ class Sysfs:
         self._controllers = f"{root}/class/nvme"
         self._numbers = f"{root}/dev/block"
         self.multipath = f"{root}/module/nvme_core/parameters/multipath"
+        self._nqns: dict[tuple[str, int], str] = {}
 
     def entries(self) -> frozenset[tuple[str, int]]:
         """Return name and inode of all controllers: the kernel gives a name to another one, an inode never."""
-        with _unless_gone(f"list {self._controllers}"), os.scandir(self._controllers) as found:
-            return frozenset((entry.name, entry.inode()) for entry in found)
-        return frozenset()
+        return _entries(self._controllers)
 
     def state(self, controller: str) -> str:
         return _text(f"{self._controllers}/{controller}/state")
@@ -102,11 +101,16 @@ class Sysfs:
         return _text(f"{self._controllers}/{controller}/subsysnqn")
 
     def find(self, nqn: str, hint: str = "") -> Subsystem | None:
-        """Return the subsystem of that name. `hint`: where it was; that is read first."""
-        for name in (*((hint,) if hint else ()), *_listed(self._subsystems)):
-            if _text(f"{self._subsystems}/{name}/subsysnqn") == nqn:
-                return self._described(name, nqn)
-        return None
+        """Return the subsystem of that name. `hint`: where it was; that is read first, then those that are new."""
+        if hint and self._nqn_of(hint) == nqn:
+            return self._described(hint, nqn)
+        found = {entry: self._nqns.get(entry) or self._nqn_of(entry[0]) for entry in _entries(self._subsystems)}
+        self._nqns = found
+        name = next((name for (name, _), known in found.items() if known == nqn), None)
+        return self._described(name, nqn) if name is not None else None
+
+    def _nqn_of(self, subsystem: str) -> str:
+        return _text(f"{self._subsystems}/{subsystem}/subsysnqn")
 
     def _described(self, name: str, nqn: str) -> Subsystem:
         entries = sorted(_listed(f"{self._subsystems}/{name}"))
@@ -169,6 +173,12 @@ class Sysfs:
 
 def path_to(address: str, port: str) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _entries(directory: str) -> frozenset[tuple[str, int]]:
+    with _unless_gone(f"list {directory}"), os.scandir(directory) as found:
+        return frozenset((entry.name, entry.inode()) for entry in found)
+    return frozenset()
 
 
 def _listed(directory: str) -> list[str]:

@@ -7,11 +7,13 @@ import contextlib
 import errno
 import itertools
 import os
+import shutil
 import stat
 import subprocess
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +24,11 @@ from csi_driver.errors import DeadlineReached, HostFailure, PreconditionFailed, 
 from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.nvme import NvmeVolumes, Refused
 from csi_driver.host.connectors.nvme_paths import PathKeeper
+from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM
 from csi_driver.host.nvme_keys import NodeKeys, Registration
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.host_model import DeviceNumber, HostKeys, TargetExport, VolumeStatus
+from csi_driver.host_model import ConnectOptions, DeviceNumber, HostKeys, TargetExport, VolumeStatus
 from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, new_dhchap_key, subsystem_nqn
 from tests.fakes.nvme_host_kernel import HostKernel
 from tests.fakes.nvme_kernel import NvmeKernel
@@ -266,7 +269,7 @@ def test_another_volume_behind_the_name_gets_no_device_node(machine: Machine, vo
 
 
 def test_a_namespace_that_is_smaller_than_the_volume_gets_no_device_node(machine: Machine, volume: str) -> None:
-    with pytest.raises(PreconditionFailed, match="expected at least"):
+    with pytest.raises(PreconditionFailed, match="expected the size in bytes"):
         machine.connect(machine.export(volume), size_bytes=SIZE + 4096)
     assert not machine.node.exists()
 
@@ -285,6 +288,24 @@ def test_a_volume_that_grew_since_it_was_published_is_connected(machine: Machine
     assert eventually(lambda: machine.status().size_bytes == 2 * SIZE)
     machine.connect(export)
     assert machine.io_enabled()
+
+
+def test_a_volume_of_the_same_name_does_not_end_the_connection_of_another_one(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    number = machine.number()
+    with pytest.raises(PreconditionFailed, match=f"another volume of the name {NAME}, {volume}"):
+        machine.connect(machine.export(str(uuid.uuid4())))
+    assert machine.io_enabled()
+    assert (machine.number(), machine.status().uuid) == (number, volume)
+
+
+@only_fake
+def test_without_multipath_nothing_is_connected(machine: Machine, volume: str) -> None:
+    """A volume would fail with its first path."""
+    Path(machine.volumes.sysfs.multipath).write_text("N")
+    with pytest.raises(PreconditionFailed, match="multipath is off"):
+        machine.connect(machine.export(volume))
+    assert machine.volumes.sysfs.entries() == frozenset()
 
 
 def test_a_left_over_node_of_another_device_is_replaced(machine: Machine, volume: str) -> None:
@@ -365,6 +386,33 @@ def test_the_last_holder_disconnects(machine: Machine, volume: str) -> None:
     assert not machine.node.exists()
     assert machine.volumes.names() == frozenset()
     machine.volumes.disconnect(NAME, "/staging/b", deadline=soon())
+
+
+def test_a_device_that_is_claimed_is_not_disconnected_whatever_its_node(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    claim = os.open(machine.node, os.O_RDONLY | os.O_EXCL)
+    machine.node.unlink()
+    with pytest.raises(StorageUnavailable, match="in use"):
+        machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.io_enabled()
+    os.close(claim)
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+
+
+def test_a_disconnect_needs_no_identity_of_the_node(machine: Machine, volume: str) -> None:
+    """The storage client of a node that got one may be starting."""
+    export = machine.export(volume)
+    machine.connect(export)
+
+    def find_id() -> str:
+        raise StorageUnavailable("the client starts")
+
+    machine.volumes.node_id = find_id
+    assert machine.keeper.orphans() == ()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
 
 
 def test_a_disconnect_succeeds_only_when_the_subsystem_has_left(machine: Machine, volume: str) -> None:
@@ -456,6 +504,30 @@ def test_the_keeper_knows_a_lost_controller_from_another_one_of_its_name(machine
     machine.connect(other, name="csi-other")
     assert {name for name, _ in machine.volumes.sysfs.entries()} == names
     assert kept_until(machine, machine.io_enabled)
+
+
+@only_fake
+def test_the_keeper_probes_no_more_paths_at_once_than_a_process_has_descriptors_for(
+    machine: Machine, volume: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: set[str] = set()
+    for number in range(20):
+        paths = tuple(f"10.0.{number}.{portal}:23000" for portal in range(16))
+        export = NvmeExport(subsystem_nqn(machine.pool, volume, str(number)), paths)
+        record = Connection(f"csi-{number}", volume, export, SIZE, ConnectOptions(), frozenset((HOLDER,)))
+        machine.volumes.records.put(record)
+        wanted.update(paths)
+    probed: list[frozenset[str]] = []
+
+    def probe(paths: Collection[str], *limits: float) -> frozenset[str]:
+        probed.append(frozenset(paths))
+        return frozenset()
+
+    monkeypatch.setattr(machine.volumes.fabrics, "probe", probe)
+    for _ in range(8):
+        machine.keep()
+    assert max(map(len, probed)) == 128
+    assert frozenset().union(*probed) == wanted
 
 
 def test_a_volume_that_was_taken_over_is_marked_and_never_connected_again(machine: Machine, volume: str) -> None:
@@ -563,6 +635,69 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_a_volume_that_is_disconne
     assert machine.io_enabled()
 
 
+def test_while_a_record_cannot_be_read_no_connection_is_an_orphan(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(str(uuid.uuid4())), name="csi-other")
+    machine.connect(machine.export(volume))
+    (machine.directory / "registry" / f"{NAME}.json").write_text("{")
+    assert machine.keeper.orphans() == ()
+
+
+def test_a_record_under_the_name_of_another_volume_is_not_used(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    registry = machine.directory / "registry"
+    shutil.copy(registry / f"{NAME}.json", registry / "csi-copy.json")
+    assert machine.volumes.names() == {NAME}
+    with pytest.raises(HostFailure, match="expected volume csi-copy"):
+        machine.volumes.volume("csi-copy")
+
+
+def test_a_disconnect_that_ends_late_leaves_the_connection_that_another_driver_has_made_since(
+    machine: Machine, volume: str
+) -> None:
+    """As when a driver is replaced: the call of the old one goes on while the new one serves the next call."""
+    first, earlier = machine.volumes, machine.export(volume)
+    machine.connect(earlier)
+    ended = first.end_subsystem
+    later = machine.export(volume, token="2")
+
+    def end_late(nqn: str, deadline: Deadline) -> None:
+        ended(nqn, deadline)
+        machine.restarted()
+        machine.connect(later)
+
+    first.end_subsystem = end_late  # type: ignore[method-assign]
+    first.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.node.exists()
+    assert machine.io_enabled()
+    assert machine.status().nqn == later.nqn
+
+
+def test_drivers_of_one_node_change_a_record_one_after_the_other(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    first, (second, _) = machine.volumes, machine.restarted()
+    record = first.records.all()[NAME]
+    has_begun = threading.Event()
+
+    def add(holder: str) -> Callable[[Connection], Connection]:
+        def change(now: Connection) -> Connection:
+            if holder == "/staging/b":
+                has_begun.set()
+                assert not other.done()
+            return replace(now, holders=now.holders | {holder})
+
+        return change
+
+    def change_other() -> None:
+        has_begun.wait()
+        second.records.change(record, add("/staging/c"))
+
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(change_other)
+        first.records.change(record, add("/staging/b"))
+        other.result()
+    assert machine.status().holders == (HOLDER, "/staging/b", "/staging/c")
+
+
 def test_a_connection_without_a_record_is_an_orphan_and_ends_as_one(machine: Machine, volume: str) -> None:
     export = machine.export(volume)
     machine.connect(export)
@@ -660,6 +795,7 @@ def test_a_disconnect_waits_for_the_connect_that_hangs(machine: Machine, volume:
     kernel_of(machine).before_connect = hanging
     with pytest.raises(DeadlineReached):
         machine.connect(export, within_s=0.1)
+    assert hanging.entered.wait(WAIT_S)
     with pytest.raises(DeadlineReached):
         machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(0.1))
     assert machine.volumes.names() == {NAME}
@@ -872,3 +1008,21 @@ def test_a_node_without_a_key_is_not_let_in_where_one_is_required(machine: Machi
     with pytest.raises(StorageUnavailable, match="does not accept the key"):
         machine.connect(export)
     assert not machine.node.exists()
+
+
+@only_fake
+def test_a_kernel_that_cannot_authenticate_gets_no_key(
+    machine: Machine, volume: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse the option and write it into its log."""
+    keys = HostKeys(new_dhchap_key(), new_dhchap_key())
+    export = authenticated(machine, volume, keys, keys)
+    fabrics, kernel = machine.volumes.fabrics, kernel_of(machine)
+    known = fabrics.options() - {"dhchap_secret", "dhchap_ctrl_secret"}
+    monkeypatch.setattr(fabrics, "options", lambda: known)
+    written: list[object] = []
+    kernel.before_connect = written.append
+    with pytest.raises(PreconditionFailed, match="cannot authenticate") as raised:
+        machine.connect(export)
+    assert written == []
+    assert "DHHC-1" not in repr(raised.value)

@@ -214,7 +214,7 @@ def test_a_namespace_that_is_smaller_than_its_volume_is_not_used(
 ) -> None:
     attached = storage.attach(volume, node.node_id)
     attached.context["sizeBytes"] = str(128 * MIB)
-    with pytest.raises(PreconditionFailed, match="expected at least"):
+    with pytest.raises(PreconditionFailed, match="expected the size in bytes"):
         node.stage(attached)
     assert node.is_clean(volume)
 

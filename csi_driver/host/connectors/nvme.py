@@ -86,7 +86,6 @@ class NvmeVolumes:
         self._options: frozenset[str] | None = None
         self._lock = threading.RLock()  # a job that is done at once is forgotten in the thread that starts it
         self._jobs: dict[tuple[str, ...], Job[None]] = {}
-        self._placing = threading.Lock()
         self._connecting = Pool("nvme-connect", 1)
         self._deleting = Pool("nvme-disconnect", _DELETES_AT_ONCE)
 
@@ -124,8 +123,14 @@ class NvmeVolumes:
         """
         if problem := export.problem:
             raise PreconditionFailed(f"NVMe export of volume {name}: {problem}")
+        if why_not := self.why_not():
+            raise PreconditionFailed(why_not)
         wanted = Connection(name, uuid.lower(), export, size_bytes, options or ConnectOptions(), frozenset((holder,)))
         before = self.records.get(name)
+        if before is not None and before.uuid != wanted.uuid and not (before.is_ending or before.is_refused):
+            raise PreconditionFailed(
+                f"this node has connected another volume of the name {name}, {before.uuid}: unstage that one first"
+            )
         if before is not None and (before.export.nqn != export.nqn or before.is_ending or before.is_refused):
             self._end(before, deadline)
         elif before is not None:
@@ -185,7 +190,8 @@ class NvmeVolumes:
                     f"({os.strerror(failure.errno)}); the node registers its key again where --nvme-register-url is "
                     "set, and a retry continues"
                 ) from failure
-            answer = self._ask(wanted, path)
+            node_id = self.node_id()
+            answer = self.fabrics.ask(path, wanted.export.nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
             if answer == HOST_REFUSED:
                 raise Refused(
                     f"connect {about}: the storage machine refuses this node: the attachment has ended, or another "
@@ -198,11 +204,6 @@ class NvmeVolumes:
                     "a retry continues"
                 ) from failure
             raise StorageUnavailable(f"{failure}; a retry continues") from failure
-
-    def _ask(self, wanted: Connection, path: str) -> int | None:
-        """Ask the target what it thinks of this node: the kernel tells every refusal as an I/O error."""
-        node_id = self.node_id()
-        return self.fabrics.ask(path, wanted.export.nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
 
     def _connect_options(self, wanted: Connection, path: str) -> dict[str, str]:
         if self._options is None:
@@ -225,9 +226,13 @@ class NvmeVolumes:
         }
         known = {key: text for key, text in options.items() if key in self._options}
         if keys is not None:
-            known["dhchap_secret"] = keys.host  # a kernel that cannot authenticate must refuse, never connect without
-            if keys.controller:
-                known["dhchap_ctrl_secret"] = keys.controller
+            secrets = {"dhchap_secret": keys.host, "dhchap_ctrl_secret": keys.controller}
+            secrets = {key: text for key, text in secrets.items() if text}
+            if not self._options.issuperset(secrets):  # the kernel would write the unknown option into its log
+                raise PreconditionFailed(
+                    "the kernel of this node cannot authenticate (CONFIG_NVME_HOST_AUTH is not set)"
+                )
+            known |= secrets
         return known
 
     # --- device ----------------------------------------------------------------------------------------------------
@@ -255,7 +260,7 @@ class NvmeVolumes:
             self._start(self._deleting, ("tune", head.name), tune)
         with contextlib.suppress(FileExistsError):
             os.makedirs(self._device_root, 0o755)
-        with self._placing:
+        with self.records.changing():
             now = self.records.get(record.name)
             if now is None or now.export.nqn != record.export.nqn or now.is_ending:
                 return False  # disconnected since: its number may be another device's
@@ -301,26 +306,37 @@ class NvmeVolumes:
     def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
         """End the connection of a volume when this was its last holder; may be repeated.
 
-        The device must be closed. Returns when the subsystem has left sysfs; else raises a `StorageUnavailable`.
+        Returns when the subsystem has left sysfs; else raises a `StorageUnavailable`, also while the device is claimed.
         """
         record = self.records.get(name)
         if record is None:
             return
-        left = record.holders - {holder}
-        if left and not record.is_ending:
-            self.records.change(record, lambda now: replace(now, holders=left))
+        if record.holders - {holder} and not record.is_ending:
+            self.records.change(record, lambda now: replace(now, holders=now.holders - {holder}))
             return
         self._end(record, deadline)
 
     def _end(self, record: Connection, deadline: Deadline) -> None:
-        ending = self.records.change(record, lambda now: replace(now, is_ending=True)) or record
-        self._finish_connects(ending, deadline)
-        self.end_subsystem(ending.export.nqn, deadline)
+        self._require_unclaimed(record)
+        self.records.change(record, lambda now: replace(now, is_ending=True))
+        self._finish_connects(record, deadline)
+        self.end_subsystem(record.export.nqn, deadline)
         node = self._device_root / record.name
-        with self._placing:
+        with self.records.changing():
+            now = self.records.get(record.name)
+            if now is None or now.export.nqn != record.export.nqn:
+                return  # another driver of this node was quicker, and may have connected the volume anew
             if block_devices.node_number(node) is not None:
                 node.unlink(missing_ok=True)
             self.records.remove(record.name)
+
+    def _require_unclaimed(self, record: Connection) -> None:
+        subsystem = self.subsystem(record.export.nqn)
+        if subsystem is None or record.is_refused or not any(each.is_usable for each in subsystem.controllers):
+            return  # nothing is lost any more, or to open the device could hang
+        for head in subsystem.heads:
+            if block_devices.is_number_claimed(head.number, self._device_root):
+                raise StorageUnavailable(f"{head.name} of volume {record.name} is in use: it stays connected")
 
     def _finish_connects(self, record: Connection, deadline: Deadline) -> None:
         """Wait for connects that run: their controllers would come after the others have gone."""
@@ -342,10 +358,10 @@ class NvmeVolumes:
 
     def start_deletes(self, nqn: str, keep: Collection[str] = ()) -> list[Job[None]]:
         """Start to end all paths but those to `keep`; with none to keep, I/O that waits for a path fails."""
-        subsystem, own = self.subsystem(nqn), host_nqn(self.node_id())
+        subsystem = self.subsystem(nqn)
         if subsystem is None:
             return []
-        ended = [each.name for each in subsystem.controllers if each.host_nqn == own and each.path not in keep]
+        ended = [each.name for each in subsystem.controllers if each.path not in keep]
         if not ended and not keep:
             return [self._start(self._deleting, ("fail", nqn), partial(self._fail_waiting, nqn))]
         works = ((each, partial(self._delete, nqn, each, is_last=not keep)) for each in ended)
@@ -416,19 +432,17 @@ def why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
 
 
 def _proven(record: Connection, subsystem: Subsystem) -> Head:
-    """Return the one namespace of the subsystem if it is the volume's."""
-    expected = {"uuid": record.uuid, "namespace": NAMESPACE, "block size": record.export.block_bytes}
+    """Return the one namespace of the subsystem if it is the volume's. The volume may have grown since."""
     for head in subsystem.heads:
-        found = {"uuid": head.uuid, "namespace": head.namespace, "block size": head.block_bytes}
-        for what, value in found.items():
-            if value != expected[what]:
+        for what, value, expected in (
+            ("uuid", head.uuid, record.uuid),
+            ("namespace", head.namespace, NAMESPACE),
+            ("block size", head.block_bytes, record.export.block_bytes),
+            ("size in bytes", head.size_bytes, max(head.size_bytes, record.size_bytes)),
+        ):
+            if value != expected:
                 raise PreconditionFailed(
-                    f"{head.name} of {record.export.nqn}: expected the {what} {expected[what]} of volume "
+                    f"{head.name} of {record.export.nqn}: expected the {what} {expected} of volume "
                     f"{record.name}, got {value}; the device is not used"
                 )
-        if head.size_bytes < record.size_bytes:
-            raise PreconditionFailed(
-                f"{head.name} of {record.export.nqn}: expected at least {record.size_bytes} bytes of volume "
-                f"{record.name}, got {head.size_bytes}; the device is not used"
-            )
     return subsystem.heads[-1]

@@ -26,6 +26,8 @@ from csi_driver.thread_pool import Job
 _LOG = logging.getLogger(__name__)
 _REQUEUED = "io_requeue_no_usable_path_count"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 8.0
+_PROBES_AT_ONCE = 128
+"""Each takes a descriptor, and the usual limit of a process is 1024."""
 
 
 @dataclass(slots=True)
@@ -52,8 +54,9 @@ class PathKeeper:
                 missing += [(record, path) for path in self._look_at(record, entries)]
         self._settled = {name: each for name, each in self._settled.items() if name in records}
         self._pauses = {key: each for key, each in self._pauses.items() if key[0] in records}
+        missing.sort(key=lambda each: self._pauses[each[0].name, each[1]])  # those that are due for longest first
         if missing:
-            self._connect(missing)
+            self._connect(missing[:_PROBES_AT_ONCE])
 
     def _is_settled(self, record: Connection, entries: frozenset[tuple[str, int]]) -> bool:
         known, controllers = self._settled.get(record.name, (None, frozenset()))
@@ -139,14 +142,14 @@ class PathKeeper:
     def orphans(self) -> tuple[NvmeOrphan, ...]:
         """Return this node's connections to pools of this registry that no record names."""
         sysfs, records = self.volumes.sysfs, self.volumes.records
+        nqns = {sysfs.nqn(name): name for name, _ in sysfs.entries()}  # first: a record is older than its connection
         known = {record.export.nqn for record in records.all().values()}
-        own = host_nqn(self.volumes.node_id())
         found: dict[str, NvmeOrphan] = {}
-        for name, _ in sorted(sysfs.entries()):
-            nqn = sysfs.nqn(name)
-            if nqn in known or nqn in found or NvmeExport(nqn, ()).pool not in records.pools:
-                continue
-            subsystem = self.volumes.subsystem(nqn) if sysfs.host_nqn(name) == own else None
+        for nqn in sorted(nqns.keys() - known):
+            if NvmeExport(nqn, ()).pool not in records.pools or records.unreadable:
+                continue  # a record that cannot be read may name it
+            is_own = sysfs.host_nqn(nqns[nqn]) == host_nqn(self.volumes.node_id())
+            subsystem = self.volumes.subsystem(nqn) if is_own else None
             if subsystem is not None:
                 found[nqn] = NvmeOrphan(nqn, subsystem.heads[0].number if subsystem.heads else None)
         return tuple(found.values())

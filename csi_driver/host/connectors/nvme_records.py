@@ -6,16 +6,18 @@ Each change replaces the file, so that readers and a restart find a whole one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_driver.errors import HostFailure
-from csi_driver.host.syscalls import system_call
+from csi_driver.errors import HostFailure, SystemCallFailed
+from csi_driver.host.syscalls import closing, system_call
 from csi_driver.host_model import ConnectOptions
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.nvme_model import NvmeExport
@@ -83,21 +85,39 @@ class Records:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._found: dict[str, tuple[tuple[int, int], Connection]] = {}
         self.pools: set[str] = set()
         """The pools that records named since the start."""
+        self.unreadable: dict[str, str] = {}
+        """Why, by volume: the records that `all` could not read at its last call."""
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Keep other threads, and other drivers of this node, from changing a record. Not to be nested."""
+        with self._lock:
+            with system_call(f"lock {self._directory}"):
+                os.makedirs(self._directory, 0o700, exist_ok=True)
+                fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with closing(fd):
+                with system_call(f"lock {self._directory}"):
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                yield
 
     def all(self) -> dict[str, Connection]:
-        found = {}
+        """Return the records that can be read; the others are logged once."""
+        found, unreadable = {}, {}
         for name in self._names():
             try:
                 record = self.get(name)
             except HostFailure as failure:
-                _LOG.error("%s", failure)
+                unreadable[name] = str(failure)
+                if name not in self.unreadable:
+                    _LOG.error("%s", failure)
                 continue
             if record is not None:
                 found[name] = record
+        self.unreadable = unreadable
         return found
 
     def _names(self) -> list[str]:
@@ -105,6 +125,8 @@ class Records:
             files = os.listdir(self._directory)
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise SystemCallFailed(f"list {self._directory}", error.errno or 0) from error
         return [file.removesuffix(_SUFFIX) for file in sorted(files) if file.endswith(_SUFFIX) and file[0] != "."]
 
     def get(self, name: str) -> Connection | None:
@@ -113,12 +135,12 @@ class Records:
             return self._read(name)
 
     def put(self, record: Connection) -> None:
-        with self._lock:
+        with self.changing():
             self._write(record)
 
     def change(self, record: Connection, change: Callable[[Connection], Connection]) -> Connection | None:
         """Change the record of this subsystem as it is now; None when it has gone since."""
-        with self._lock:
+        with self.changing():
             now = self._read(record.name)
             if now is None or now.export.nqn != record.export.nqn:
                 return None
@@ -127,7 +149,7 @@ class Records:
             return changed
 
     def remove(self, name: str) -> None:
-        with self._lock, system_call(f"remove the record of the connection of volume {name}"):
+        with system_call(f"remove the record of the connection of volume {name}"):
             self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
@@ -139,11 +161,16 @@ class Records:
             status = os.stat(path)
             stamp = status.st_ino, status.st_mtime_ns
             if name not in self._found or self._found[name][0] != stamp:
-                self._found[name] = stamp, Connection.parse(path.read_text())
+                record = Connection.parse(path.read_text())
+                if record.name != name:
+                    raise ValueError(f"expected volume {name}, got {record.name}")
+                self._found[name] = stamp, record
         except FileNotFoundError:
             self._found.pop(name, None)
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise SystemCallFailed(f"read {path}", error.errno or 0) from error
+        except ValueError as error:
             raise HostFailure(f"{path} cannot be read: {error}; end its connection by hand and remove it") from error
         record = self._found[name][1]
         self.pools.add(record.export.pool)
@@ -154,7 +181,6 @@ class Records:
             return
         draft = self._directory / f".{record.name}.new"
         with system_call(f"write the record of the connection of volume {record.name}"):
-            os.makedirs(self._directory, 0o700, exist_ok=True)
             with open(draft, "w", opener=lambda path, flags: os.open(path, flags | os.O_CLOEXEC, 0o600)) as file:
                 file.write(record.to_json())
             os.replace(draft, self._path(record.name))
