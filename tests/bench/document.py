@@ -82,7 +82,8 @@ def curves_tables(curves: Curves, groups: Sequence[str]) -> str:
         lines += [f"| {grows} | {' | '.join(f'{count:,}' for count in counts)} |", "|---|" + "---|" * len(counts)]
         for group in groups:
             for name, points in series_of(series, group).items():
-                lines.append(f"| {name}: {group} | {' | '.join(_shown(value) for _, value in points)} |")
+                shown = {count: _shown(value) for count, value in points}
+                lines.append(f"| {name}: {group} | {' | '.join(shown.get(count, '') for count in counts)} |")
         lines.append("")
     return "\n".join(lines)
 
