@@ -7,6 +7,7 @@ and a start of the machine makes the same exports again. The port's connections 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from collections.abc import Callable, Collection, Iterable
@@ -22,7 +23,6 @@ from csi_driver.embedded.export_use import ExportUse, Use
 from csi_driver.embedded.host_keys import HostKeyStore
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import (
-    ATTACHED,
     ATTACHMENTS,
     FACTS,
     REPORTS,
@@ -95,6 +95,9 @@ class NvmeEngine:
     _exports: dict[Pair, _Export] = field(default_factory=dict)
     _of_volume: dict[str, set[str]] = field(default_factory=dict)
     _used: set[int] = field(default_factory=set)
+    """Ports not to be given out; also those of attachments that ended without an export, until all are in use."""
+    _leaving: set[int] = field(default_factory=set)
+    """Ports of exports without a record that are withdrawn later."""
     _next: int = 0
 
     def __post_init__(self) -> None:
@@ -107,7 +110,6 @@ class NvmeEngine:
     def recover(self) -> set[str]:
         rows = [row for row in self.store.everywhere(ATTACHMENTS) if self._is_node(row.client)]
         by_nqn = {self._nqn(row): row for row in rows}
-        self._used = {row.port for row in rows}
         self._use.unproven = set(by_nqn)
         exported = self.target.exported(self._pool_uuid)
         if away := self.target.elsewhere(exported):
@@ -118,22 +120,25 @@ class NvmeEngine:
         for found in exported:
             row = by_nqn.get(found.nqn)
             if row is not None:
+                if row.is_attaching and not (found.is_linked or found.is_enabled):
+                    with contextlib.suppress(HostFailure):  # half made; an attachment finishes what is left
+                        self.target.withdraw(replace(found, port=row.port))
+                    continue
                 # The path may be that of an earlier container: the row has the inode.
                 wanted = self._wanted(row, found.file)
-                known = found if found.is_linked else replace(found, port=row.port, addresses=wanted.addresses)
-                is_open = found.is_linked and found.is_enabled
+                known, is_open = found if found.is_linked else wanted, found.is_linked and found.is_enabled
                 self._put((row.client, row.uuid), _Export(known, row.inode, found == wanted, is_open))
                 if not found.is_linked and not row.is_attaching:
                     self._use.unproven.discard(found.nqn)  # it was being withdrawn
                 continue
-            self._used.add(found.port)
             if not found.is_linked:
                 self.worker.soon(*self._withdrawing(found))
             elif found.hosts:
                 self._use.unproven.add(found.nqn)
                 self._put((found.nqn, volume_of(found.nqn)), _Export(found, 0, is_whole=True, is_open=True))
             else:
-                self.worker.later(*self._withdrawing(found), REFUSED_S)
+                self._withdraw_later(found)
+        self._used = self._ports_in_use()
         return {self._copy_of(row).name for row in rows}
 
     def forget_others(self, wanted: Collection[tuple[str, str]]) -> None:
@@ -228,7 +233,7 @@ class NvmeEngine:
         exported = sum(found.is_open and not found.is_cut for found in list(self._exports.values()))
         rows = sum(row.is_attaching and self._is_node(row.client) for row in self.store.everywhere(ATTACHMENTS))
         low, high = self.settings.export_ports
-        free = high - low + 1 - sum(low <= port <= high for port in list(self._used))
+        free = high - low + 1 - sum(low <= port <= high for port in self._ports_in_use())
         return ExportCounts(exported, max(0, rows - exported), self._use.connected, free)
 
     # --- changes ---
@@ -241,6 +246,8 @@ class NvmeEngine:
         """Return a port that was not given out for as long as possible: earlier nodes may still try it."""
         low, high = self.settings.export_ports
         width = high - low + 1
+        if len(self._used) >= width:
+            self._used = self._ports_in_use()
         for number in range(self._next, self._next + width):
             port = low + number % width
             if port not in self._used:
@@ -249,6 +256,10 @@ class NvmeEngine:
                 return port
         reason = f"all ports from {low} to {high} are in use; raise --export-ports"
         raise ApiError(1694, "The volume is not attached", detail(NO_FREE_PORT, reason))
+
+    def _ports_in_use(self) -> set[int]:
+        rows = {row.port for row in self.store.everywhere(ATTACHMENTS)}
+        return rows | {found.target.port for found in list(self._exports.values())} | set(self._leaving)
 
     def attach(self, volume: Volume, wanted: Attachment, file: Path, *, private: bool) -> None:
         if why := self.keys.why_refused(wanted.client):
@@ -278,35 +289,31 @@ class NvmeEngine:
         return self.store.write(put)
 
     def _apply(self, pair: Pair) -> None:
-        found, keys, is_whole = self._exports[pair], self.keys.get(pair[0]), True
+        found, keys = self._exports[pair], self.keys.get(pair[0])
         try:
-            self.target.apply(found.target, {} if keys is None else {host_nqn(pair[0]): keys})
+            made = self.target.apply(found.target, {} if keys is None else {host_nqn(pair[0]): keys})
         except SystemCallFailed as problem:
             if problem.errno == errno.EADDRINUSE and not self._was_shown(pair):
                 # Another program has the port, which no node knows yet.
                 self._renew(pair)
                 self._take_back(pair)
-            if problem.errno != errno.EADDRNOTAVAIL or not self._is_linked(found.target.nqn):
-                raise
-            if not found.is_open:
-                _log.warning("%s; retried, and until then nodes use the other addresses", problem)
-            is_whole = False
+            raise
+        missing = [address for address in found.target.addresses if address not in made.addresses]
+        if missing and not found.is_open:
+            _log.warning("%s is not exported at %s, which this machine lacks; retried", made.nqn, ", ".join(missing))
         if not found.is_open and self._inode_here(found.target) != found.inode:
             self._take_back(pair)
             raise HostFailure(f"{found.target.file} was replaced while it was being exported; retried")
-        self._put(pair, replace(found, is_whole=is_whole, is_open=True, keys=keys))
+        self._put(pair, replace(found, is_whole=not missing, is_open=True, keys=keys))
 
     def _take_back(self, pair: Pair) -> None:
         """Undo a new export, which no node knows."""
         self.target.withdraw(self._exports[pair].target)
         self._forget(pair)
 
-    def _is_linked(self, nqn: str) -> bool:
-        return any(each.nqn == nqn and each.is_linked for each in self.target.exported(self._pool_uuid))
-
     def _was_shown(self, pair: Pair) -> bool:
         report = self.store.get(REPORTS, pair[1], pair[0])
-        return report is not None and report.status == ATTACHED
+        return report is not None and report.export.get("nqn") == self._exports[pair].target.nqn
 
     def _inode_here(self, target: TargetExport) -> int:
         directory = self.pool.private if self._is_private(target) else self.pool.volumes
@@ -319,15 +326,22 @@ class NvmeEngine:
             self._change(row, lambda current: replace(current, token=new_token(), port=0))
 
     def keep(self, wanted: Attachment) -> None:
-        """Complete an export that the kernel has a part of, or has with other addresses or another key."""
+        """Complete an export that the kernel has a part of, or has with other addresses or another key.
+
+        Also one that another program has closed, e.g. `nvmetcli clear`, unless its file was replaced too.
+        """
         pair = wanted.client, wanted.uuid
         found = self._exports[pair]
         if found.is_cut or found.target.nqn != self._nqn(wanted):
             return
         file = found.target.file if found.target.file.name else self.pool.file(wanted.uuid)
         target = self._wanted(wanted, file)
-        if found.is_whole and found.target == target and found.keys == self.keys.get(wanted.client):
+        is_as_made = found.is_whole and found.target == target
+        is_closed = is_as_made and not self.target.is_open(target)
+        if is_as_made and not is_closed and found.keys == self.keys.get(wanted.client):
             return
+        if is_closed and self._inode_here(target) != found.inode:
+            raise HostFailure(f"another program has closed {target.nqn}, and {target.file} was replaced")
         if why := self.keys.why_refused(wanted.client):
             if found.is_whole:
                 return  # a restart cuts off no node that was allowed before
@@ -359,7 +373,7 @@ class NvmeEngine:
         if use is Use.LOST:
             found = self._refuse(pair)
         if found.is_cut:
-            self.worker.later(*self._withdrawing(found.target), REFUSED_S)
+            self._withdraw_later(found.target)
         else:
             self._withdraw(found.target)
         self._forget(pair)
@@ -378,12 +392,17 @@ class NvmeEngine:
         self._exports[pair] = cut
         return cut
 
+    def _withdraw_later(self, target: TargetExport) -> None:
+        self._leaving.add(target.port)
+        self.worker.later(*self._withdrawing(target), REFUSED_S)
+
     def _withdrawing(self, target: TargetExport) -> tuple[str, Callable[[], bool]]:
         return f"withdraw {target.nqn}", lambda: self._withdraw(target)
 
     def _withdraw(self, target: TargetExport) -> bool:
         self.target.withdraw(target)
         self._used.discard(target.port)
+        self._leaving.discard(target.port)
         return True
 
     def look(self) -> list[Pair]:

@@ -305,8 +305,13 @@ class NvmeTarget(Protocol):
     def apply(self, export: TargetExport, keys: Mapping[str, HostKeys] = ...) -> TargetExport:
         """Make it so, the link last; nothing that matches is touched. `keys` are by the NQN of the host.
 
+        Return what it is then: without an address that this machine does not have now, if it has another one.
         When it returns, only `export.hosts` can do I/O, and no I/O of another host is running.
         """
+        ...
+
+    def is_open(self, export: TargetExport) -> bool:
+        """Return whether hosts can connect to it at each address."""
         ...
 
     def withdraw(self, export: TargetExport) -> None:

@@ -162,6 +162,9 @@ class NvmeTarget:
         linked = {each.port: each for each in exports if each.is_linked}
         return [linked[port] for port in linked.keys() - self.files.listening(linked.keys())]
 
+    def is_open(self, export: TargetExport) -> bool:
+        return len(self._links_of(export)) == len(export.addresses)
+
     def connections(self, ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
         return self.sockets(ports)
 
@@ -361,16 +364,16 @@ class NvmeTarget:
 
     def _open_ports(self, export: TargetExport) -> None:
         """Open the port at each address. An address that this machine does not have now closes no other."""
-        missing = None
+        missing = []
         for position, address in enumerate(export.addresses):
             try:
                 self._open_port(export, position, address)
             except SystemCallFailed as failure:
                 if failure.errno != errno.EADDRNOTAVAIL:
                     raise
-                missing = failure
-        if missing is not None:
-            raise missing
+                missing.append(failure)
+        if len(missing) == len(export.addresses):
+            raise missing[0]
 
     def _open_port(self, export: TargetExport, position: int, address: str) -> None:
         number = _port_number(export.port, position)

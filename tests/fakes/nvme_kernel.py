@@ -56,7 +56,7 @@ class Controller:
 class _Namespace:
     attributes: dict[str, str] = field(
         default_factory=lambda: {
-            "device_path": "",
+            "device_path": "(null)",
             "device_uuid": str(uuid.uuid4()),
             "device_nguid": "00000000-0000-0000-0000-000000000000",
             "enable": "0",
@@ -396,7 +396,7 @@ class NvmeKernel:
 
     def _enable(self, namespace: _Namespace) -> None:
         if not namespace.is_enabled:
-            namespace.fd = os.open(namespace.attributes["device_path"] or "(null)", os.O_RDWR | os.O_CLOEXEC)
+            namespace.fd = os.open(namespace.attributes["device_path"], os.O_RDWR | os.O_CLOEXEC)
             namespace.size_bytes = os.fstat(namespace.fd).st_size
             namespace.attributes["enable"] = "1"
 

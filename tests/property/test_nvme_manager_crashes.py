@@ -121,3 +121,25 @@ def test_a_manager_that_is_killed_at_any_change_of_the_kernel_goes_on(tmp_path: 
         storage.manager.server.stop()
         if watch.left > 0:
             return
+
+
+def test_a_manager_that_is_killed_while_it_makes_exports_again_gives_nodes_what_they_know(tmp_path: Path) -> None:
+    for killed_at in itertools.count(1):
+        directory = tmp_path / str(killed_at)
+        directory.mkdir()
+        storage = Storage(directory)
+        storage.manager.save("data")
+        storage.manager.attach("data", "first", mode=EXCLUSIVE)
+        export = storage.export("first")
+        storage.stop_machine()
+        watch = storage.kernel.before_change = Watch(storage, killed_at)
+        try:
+            storage.manager = storage.started()
+        except Killed:
+            storage.manager = storage.started()
+        storage.pass_time(4)
+        assert storage.export("first") == export, f"killed at change {killed_at}"
+        storage.kernel.write(storage.connect("first"), 0, BLOCK)
+        storage.manager.server.stop()
+        if watch.left > 0:
+            return

@@ -65,6 +65,10 @@ class Storage:
         self.manager = self.started(settings)
 
     def reboot(self, used_places: Collection[tuple[str, int]] = ()) -> None:
+        self.stop_machine(used_places)
+        self.manager = self.started()
+
+    def stop_machine(self, used_places: Collection[tuple[str, int]] = ()) -> None:
         """The machine loses the kernel's state, and every node its connections."""
         self.manager.server.stop()
         for controller in list(self.kernel.controllers):
@@ -72,7 +76,6 @@ class Storage:
         self.kernel = NvmeKernel()
         self.kernel.used_places.update(used_places)
         self.loops.bound.clear()
-        self.manager = self.started()
 
     def export(self, node: str, volume: str = "data") -> Json:
         report = self.manager.report(volume, node)
@@ -594,6 +597,47 @@ def test_a_port_is_not_given_out_again_soon(storage: Storage) -> None:
         ports.append(split_path(storage.export("worker")["paths"][0])[1])
         storage.manager.detach("data", "worker")
     assert len(set(ports)) == 3
+
+
+def test_attachments_that_end_before_they_are_exported_use_up_no_ports(storage: Storage) -> None:
+    storage.restart(replace(storage.settings, export_ports=(24000, 24002)))
+    storage.manager.save("other")
+    storage.manager.attach("other", "first", mode=EXCLUSIVE)
+    storage.manager.attach("data", "first", mode=EXCLUSIVE)
+    controller = storage.connect("first")
+    storage.manager.detach("data", "first")
+    for _ in range(5):
+        assert storage.take_over("second")["success"]
+        storage.manager.detach("data", "second")
+    assert storage.connect("first", "other").is_live
+    assert controller.is_live
+    counts = storage.manager.server.exports
+    assert counts is not None
+    assert counts.counts().ports_free == 1
+
+
+@pytest.mark.parametrize("what", ["the link", "all"])
+def test_an_export_that_another_program_has_closed_is_made_again(storage: Storage, what: str) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    target, export = NvmeTarget(storage.kernel.configfs, storage.kernel.connections), storage.export("worker")
+    if what == "all":
+        for each in target.exported():
+            target.withdraw(each)
+    else:
+        storage.kernel.configfs.unlink(f"ports/23000/subsystems/{export['nqn']}")
+    assert storage.refused("worker", export) == errno.ECONNREFUSED
+    storage.pass_time(2)
+    assert storage.export("worker") == export
+    storage.kernel.write(storage.connect("worker"), 0, BLOCK)
+
+
+def test_an_export_that_another_program_has_closed_is_not_made_again_of_another_file(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.kernel.configfs.unlink(f"ports/23000/subsystems/{storage.export('worker')['nqn']}")
+    storage.file().rename(storage.file().with_suffix(".away"))
+    storage.file().write_bytes(BLOCK)
+    storage.pass_time(2)
+    assert not any(each.subsystems for each in storage.kernel.ports.values())
 
 
 def test_a_port_of_another_program_is_left_out(storage: Storage) -> None:
