@@ -243,3 +243,29 @@ class Pool(ThreadPoolExecutor):
             _LOG.exception("a late job of the pool %s could not be reported", self._name)
         finally:
             self._lock.acquire()
+
+
+class SharedJobs:
+    """Jobs that run, by key: who starts one again gets the one that runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a job that is done at once is forgotten in the thread that starts it
+        self._jobs: dict[tuple[str, ...], Job[None]] = {}
+
+    def start(self, pool: Pool, key: tuple[str, ...], work: Callable[[], None]) -> Job[None]:
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is None or job.done():
+                job = self._jobs[key] = pool.submit(work)
+                job.add_done_callback(partial(self._forget, key))
+            return job
+
+    def _forget(self, key: tuple[str, ...], job: Future[None]) -> None:
+        with self._lock:
+            if self._jobs.get(key) is job:
+                del self._jobs[key]
+
+    def running(self, *begin: str) -> list[Job[None]]:
+        """Return the jobs whose keys begin with these words."""
+        with self._lock:
+            return [job for key, job in self._jobs.items() if key[: len(begin)] == begin]

@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
@@ -33,12 +34,13 @@ from csi_driver.host.processes import run
 from csi_driver.host.syscalls import closing, read_file, system_call
 from csi_driver.host_model import Connection, HostKeys, TargetExport
 from csi_driver.nvme_model import SUBSYSTEM_PREFIX, pool_prefix
+from csi_driver.thread_pool import Job, Pool, SharedJobs
 
 _CONFIGFS = Path("/sys/kernel/config")
 _MODULE = Path("/sys/module/nvmet_tcp")
 _MODULE_TIMEOUT_S = 20.0
 _ATTRIBUTE_BYTES = 4096
-_DRAINED_WITHIN_S = 30.0
+_DISABLED_AT_ONCE = 8
 MOST_ADDRESSES = 8
 PORT_STRIDE = 8192
 """The kernel's number of a port is its TCP port plus this for each preceding address: a range of ports is narrower."""
@@ -134,8 +136,11 @@ class NvmeTarget:
 
     files: Configfs = field(default_factory=Configfs)
     sockets: Callable[[Collection[int]], Mapping[int, tuple[Connection, ...]]] = sock_diag.connections
+    drained_within_s: float = 30.0
     _shared: threading.Lock = field(default_factory=threading.Lock, init=False)
     """For hosts, which serve several exports, and for ports that are not linked yet or any more."""
+    _pool: Pool = field(default_factory=lambda: Pool("nvme-disable", _DISABLED_AT_ONCE), init=False)
+    _disabling: SharedJobs = field(default_factory=SharedJobs, init=False)
 
     def why_not(self) -> str:
         try:
@@ -172,6 +177,7 @@ class NvmeTarget:
         self.files.write(f"{_namespace(export.nqn)}/revalidate_size", "1")
 
     def apply(self, export: TargetExport, keys: Mapping[str, HostKeys] = {}) -> TargetExport:
+        self._await_disabled(export.nqn)
         found = self._read(export.nqn, self._links_of(export))
         if found == export and not any(self._lacks_keys(host, keys.get(host)) for host in export.hosts):
             return found
@@ -190,6 +196,7 @@ class NvmeTarget:
 
     def withdraw(self, export: TargetExport) -> None:
         nqn, files = export.nqn, self.files
+        self._await_disabled(nqn)
         self._close_ports(export)
         for number in _port_numbers(export.port) if export.port else self.files.names("ports"):
             self._remove_port(number)
@@ -285,11 +292,12 @@ class NvmeTarget:
             ]
             return not running
 
-        if not Deadline.after(_DRAINED_WITHIN_S).wait_until(is_drained):
-            raise HostFailure(
-                f"export {export.nqn}: I/O of {', '.join(running)} has not ended within {_DRAINED_WITHIN_S:g} s; check"
-                f" the drive below {export.file}; retried"
-            )
+        if not Deadline.after(self.drained_within_s).wait_until(is_drained):
+            raise self._not_drained(export.nqn, f" of {', '.join(running)}")
+
+    def _not_drained(self, nqn: str, whose: str = "") -> HostFailure:
+        about = f"export {nqn}: I/O{whose} has not ended within {self.drained_within_s:g} s"
+        return HostFailure(f"{about}; check the drive of the pool; retried")
 
     def _close_ports(self, export: TargetExport) -> None:
         for number in self._links_of(export):
@@ -313,7 +321,21 @@ class NvmeTarget:
 
     def _disable(self, nqn: str) -> None:
         if self.files.has(_namespace(nqn)):
-            self._set(f"{_namespace(nqn)}/enable", "0")
+            work = partial(self._set, f"{_namespace(nqn)}/enable", "0")
+            self._await(nqn, self._disabling.start(self._pool, (nqn,), work))
+
+    def _await_disabled(self, nqn: str) -> None:
+        """Wait until the kernel has disabled a namespace: it shows it as disabled while I/O still runs."""
+        for job in self._disabling.running(nqn):
+            self._await(nqn, job)
+
+    def _await(self, nqn: str, job: Job[None]) -> None:
+        """A drive that does not answer must not hold up other exports: only the first caller waits for it."""
+        try:
+            job.result(0 if job.is_lost else self.drained_within_s)
+        except TimeoutError:
+            self._pool.write_off(job)
+            raise self._not_drained(nqn) from None
 
     def _set(self, path: str, text: str) -> None:
         if self.files.read(path) != text:

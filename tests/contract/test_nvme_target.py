@@ -22,6 +22,7 @@ from typing import Protocol
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.host.nvme_target import Configfs, NvmeTarget
 from csi_driver.host_model import HostKeys, SocketState, TargetExport
@@ -298,6 +299,44 @@ def test_the_namespace_is_disabled_unless_a_host_keeps_it(world: World) -> None:
     assert disabling not in files.changes
     target.apply(replace(export, hosts=frozenset({THIRD})))
     assert files.changes.count(disabling) == 2
+
+
+def ends(target: NvmeTarget, export: TargetExport) -> bool:
+    try:
+        target.withdraw(export)
+    except HostFailure:
+        return False
+    return True
+
+
+@pytest.mark.skipif(HAS_KERNEL, reason="the drive below answers")
+@pytest.mark.parametrize("call", ["apply", "withdraw"])
+def test_a_drive_that_does_not_answer_holds_up_its_own_export_alone(world: World, call: str) -> None:
+    assert world.kernel is not None
+    target = NvmeTarget(world.files(), world.target.sockets, drained_within_s=0.05)
+    export, another = world.export(ONE), world.export(OTHER)
+    for each in (export, another):
+        target.apply(each)
+    answer = world.kernel.hanging[export.nqn] = threading.Event()
+    try:
+        end = target.withdraw if call == "withdraw" else target.apply
+        with pytest.raises(HostFailure, match=r"I/O has not ended within 0\.05 s; check the drive of the pool"):
+            end(replace(export, hosts=frozenset(), is_enabled=False))
+        target.files.make(f"hosts/{ONE}")  # by another program
+        target.files.link(f"hosts/{ONE}", f"subsystems/{export.nqn}/allowed_hosts/{ONE}")
+        changes = list(world.kernel.changes)
+        # The kernel shows it as disabled, and its I/O goes on.
+        for wanted in (export, replace(export, hosts=frozenset(), is_enabled=False)):
+            with pytest.raises(HostFailure, match="has not ended"):
+                target.apply(wanted)
+        with pytest.raises(HostFailure, match="has not ended"):
+            target.withdraw(export)
+        assert world.kernel.changes == changes
+        target.apply(replace(another, hosts=frozenset({OTHER, THIRD})))
+    finally:
+        answer.set()
+    assert Deadline.after(60).wait_until(lambda: ends(target, export))
+    assert target.exported(world.pool) == (replace(another, hosts=frozenset({OTHER, THIRD})),)
 
 
 def test_an_export_that_another_program_opened_for_all_is_closed(world: World) -> None:

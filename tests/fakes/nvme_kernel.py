@@ -118,6 +118,8 @@ class NvmeKernel:
         self.is_elsewhere = False
         """Whether the exports were made in another network namespace than the manager's."""
         self.modes: dict[str, int] = {}
+        self.hanging: dict[str, threading.Event] = {}
+        """Subsystems with I/O that does not end: a namespace that is disabled waits for the event."""
         self.changes: list[str] = []
         """Every change of configfs, in order."""
         self.before_change: Callable[[str], None] = lambda change: None
@@ -410,6 +412,14 @@ class NvmeKernel:
             namespace.fd = -1
             namespace.attributes["enable"] = "0"
 
+    def await_drive(self, nqn: str) -> None:
+        """A namespace is shown as disabled from here on, and can be written to by what is on its way."""
+        namespace, answer = self.namespace(nqn), self.hanging.get(nqn)
+        if namespace is not None and answer is not None:
+            namespace.attributes["enable"] = "0"
+            answer.wait()
+            namespace.attributes["enable"] = "1"
+
     def _attributes(self, path: str) -> tuple[dict[str, str], str, object]:
         owner: object
         match path.split("/"):
@@ -480,6 +490,8 @@ class _FakeConfigfs(Configfs):
 
     def write(self, path: str, text: str) -> None:
         with system_call(f"write {path}"):
+            if path.endswith("/enable") and text == "0":
+                self._kernel.await_drive(path.split("/")[1])
             self._kernel.write_attribute(path, text)
         self._tell()
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,12 @@ from csi_driver.errors import (
 )
 from csi_driver.host import block_devices
 from csi_driver.host.connectors.nvme_records import Connection, Records
-from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, Fabrics, Head, Subsystem, Sysfs
+from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, NO_SUBSYSTEM, Fabrics, Head, Subsystem, Sysfs
 from csi_driver.host.nvme_keys import NodeKeys
 from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import ConnectOptions, DeviceNumber, VolumeStatus
 from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, split_path
-from csi_driver.thread_pool import Job, Pool
+from csi_driver.thread_pool import Job, Pool, SharedJobs
 
 NAMESPACE = 1
 PROBE_S = 1.0
@@ -84,8 +83,7 @@ class NvmeVolumes:
         self._has_loaded = False
         self._hints: dict[str, str] = {}
         self._options: frozenset[str] | None = None
-        self._lock = threading.RLock()  # a job that is done at once is forgotten in the thread that starts it
-        self._jobs: dict[tuple[str, ...], Job[None]] = {}
+        self._jobs = SharedJobs()
         self._connecting = Pool("nvme-connect", 1)
         self._deleting = Pool("nvme-disconnect", _DELETES_AT_ONCE)
 
@@ -170,7 +168,9 @@ class NvmeVolumes:
 
     def start_connect(self, wanted: Connection, path: str) -> Job[None]:
         """Start to connect one path, unless that runs already."""
-        return self._start(self._connecting, ("connect", wanted.export.nqn, path), lambda: self._connect(wanted, path))
+        return self._jobs.start(
+            self._connecting, ("connect", wanted.export.nqn, path), lambda: self._connect(wanted, path)
+        )
 
     def _connect(self, wanted: Connection, path: str) -> None:
         record = self.records.get(wanted.name)
@@ -192,6 +192,11 @@ class NvmeVolumes:
                 ) from failure
             node_id = self.node_id()
             answer = self.fabrics.ask(path, wanted.export.nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
+            if answer == NO_SUBSYSTEM:  # no proof that the volume is another node's
+                raise StorageUnavailable(
+                    f"connect {about}: something else is exported there: the attachment has ended, or the address or "
+                    "--export-ports of the storage machine are also another one's; a retry continues"
+                ) from failure
             if answer == HOST_REFUSED:
                 raise Refused(
                     f"connect {about}: the storage machine refuses this node: the attachment has ended, or another "
@@ -257,7 +262,7 @@ class NvmeVolumes:
         wait_s = self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL)
         if wait_s and wait_s != str(DELAYED_REMOVAL_S) and not record.is_refused:
             tune = partial(self.sysfs.tune_head, subsystem.name, head.name, DELAYED_REMOVAL, str(DELAYED_REMOVAL_S))
-            self._start(self._deleting, ("tune", head.name), tune)
+            self._jobs.start(self._deleting, ("tune", head.name), tune)
         with contextlib.suppress(FileExistsError):
             os.makedirs(self._device_root, 0o755)
         with self.records.changing():
@@ -340,9 +345,7 @@ class NvmeVolumes:
 
     def _finish_connects(self, record: Connection, deadline: Deadline) -> None:
         """Wait for connects that run: their controllers would come after the others have gone."""
-        with self._lock:
-            jobs = [job for key, job in self._jobs.items() if key[:2] == ("connect", record.export.nqn)]
-        for job in jobs:
+        for job in self._jobs.running("connect", record.export.nqn):
             if not job.cancel():
                 with contextlib.suppress(PreconditionFailed, HostFailure, StorageUnavailable):
                     self._wait(job, "", deadline)
@@ -363,9 +366,9 @@ class NvmeVolumes:
             return []
         ended = [each.name for each in subsystem.controllers if each.path not in keep]
         if not ended and not keep:
-            return [self._start(self._deleting, ("fail", nqn), partial(self._fail_waiting, nqn))]
+            return [self._jobs.start(self._deleting, ("fail", nqn), partial(self._fail_waiting, nqn))]
         works = ((each, partial(self._delete, nqn, each, is_last=not keep)) for each in ended)
-        return [self._start(self._deleting, ("delete", nqn, each), work) for each, work in works]
+        return [self._jobs.start(self._deleting, ("delete", nqn, each), work) for each, work in works]
 
     def _delete(self, nqn: str, controller: str, *, is_last: bool) -> None:
         if is_last:
@@ -387,19 +390,6 @@ class NvmeVolumes:
             self.start_deletes(record.export.nqn)
 
     # --- calls of the kernel ---------------------------------------------------------------------------------------
-
-    def _start(self, pool: Pool, key: tuple[str, ...], work: Callable[[], None]) -> Job[None]:
-        with self._lock:
-            job = self._jobs.get(key)
-            if job is None or job.done():
-                job = self._jobs[key] = pool.submit(work)
-                job.add_done_callback(partial(self._forget, key))
-            return job
-
-    def _forget(self, key: tuple[str, ...], job: Future[None]) -> None:
-        with self._lock:
-            if self._jobs.get(key) is job:
-                del self._jobs[key]
 
     def _wait(self, job: Job[None], awaited: str, deadline: Deadline) -> None:
         try:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.unit.embedded.fake_reflinks import FakeReflinks
 from tests.unit.embedded.manager import Json, Manager, settings_in
 
 EXCLUSIVE, SHARED, READ_ONLY = "EXCLUSIVE_READ_WRITE", "SHARED_READ_WRITE", "SHARED_READ_ONLY"
-ATTACHED, DENIED, DOWN = 4, 17, 5
+ATTACHED, DETACHED, DENIED, DOWN = 4, 2, 17, 5
 BLOCK = b"x" * 4096
 
 
@@ -57,7 +58,7 @@ class Storage:
         self.manager = self.started()
 
     def started(self, settings: StorageSettings | None = None) -> Manager:
-        target = NvmeTarget(self.kernel.configfs, self.kernel.connections)
+        target = NvmeTarget(self.kernel.configfs, self.kernel.connections, drained_within_s=0.05)
         return Manager(settings or self.settings, self.loops, None, FakeReflinks(), None, None, target, self.clock)
 
     def restart(self, settings: StorageSettings | None = None) -> None:
@@ -84,6 +85,10 @@ class Storage:
     def connect(self, node: str, volume: str = "data") -> Controller:
         export = self.export(node, volume)
         return self.connect_to(node, export["nqn"], export["paths"][0])
+
+    def connect_new(self, node: str, volume: str) -> Controller:
+        assert self.manager.attach(volume, node, mode=EXCLUSIVE)["success"]
+        return self.connect(node, volume)
 
     def connect_to(self, node: str, nqn: str, path: str) -> Controller:
         return self.kernel.connect(nqn, host_nqn(node), *split_path(path))
@@ -212,6 +217,25 @@ def test_a_connection_without_a_host_keeps_no_volume(storage: Storage) -> None:
     assert storage.is_down("worker")
     storage.manager.detach("data", "worker")
     assert storage.manager.attachment("data", "worker") is None
+
+
+def test_a_drive_that_does_not_answer_holds_up_no_other_volume(storage: Storage) -> None:
+    storage.manager.save("other")
+    lost = {volume: storage.connect_new("worker", volume) for volume in ("data", "other")}
+    answer = storage.kernel.hanging[lost["data"].nqn] = threading.Event()
+    for volume, controller in lost.items():
+        storage.kernel.give_up(controller)
+        storage.manager.detach(volume, "worker")
+    try:
+        storage.pass_time(SILENT_S + 10)
+        assert storage.manager.report("other", "worker")["vol_status"] == DETACHED
+        assert storage.manager.report("data", "worker")["vol_status"] == ATTACHED
+        assert storage.manager.attach("other", "next", mode=EXCLUSIVE)["success"]
+        assert storage.export("next", "other")
+        storage.manager.attach("data", "next", mode=EXCLUSIVE)
+        assert storage.export("next") is None
+    finally:
+        answer.set()
 
 
 def test_a_node_that_comes_back_too_late_is_refused_for_as_long_as_it_tries(storage: Storage) -> None:
