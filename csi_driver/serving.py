@@ -288,9 +288,11 @@ def _path_keeper(command: NodeCommand, node_id: Callable[[], str]) -> PathKeeper
         return None
     from csi_driver.host.connectors.nvme import NvmeVolumes
     from csi_driver.host.connectors.nvme_paths import PathKeeper
+    from csi_driver.host.nvme_owners import Owners
 
     find_id = cache(node_id)
-    return PathKeeper(NvmeVolumes(find_id, command.paths.device_directory, registry, keys=_node_keys(command, find_id)))
+    volumes = NvmeVolumes(find_id, command.paths.device_directory, registry, keys=_node_keys(command, find_id))
+    return PathKeeper(volumes, owners=Owners())
 
 
 def _node_keys(command: NodeCommand, node_id: Callable[[], str]) -> NodeKeys | None:

@@ -27,6 +27,7 @@ from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM
 from csi_driver.host.nvme_keys import NodeKeys, Registration
+from csi_driver.host.nvme_owners import Owners
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.host_model import ConnectOptions, DeviceNumber, HostKeys, TargetExport, VolumeStatus
 from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, new_dhchap_key, subsystem_nqn
@@ -564,6 +565,52 @@ def test_the_keeper_leaves_a_path_to_the_stage_that_connects_it(machine: Machine
     assert machine.controllers(export) == {}
     machine.keep()
     assert machine.controllers(export) != {}
+
+
+def test_a_port_that_another_export_has_is_no_proof_that_the_volume_was_taken(machine: Machine, volume: str) -> None:
+    export, another = machine.export(volume), machine.export(str(uuid.uuid4()))
+    machine.target.withdraw(another)
+    machine.target.withdraw(export)
+    machine.target.apply(replace(another, port=export.port))
+    with pytest.raises(StorageUnavailable, match="something else is exported there"):
+        machine.connect(export)
+    assert not machine.status().preempted
+    machine.target.withdraw(replace(another, port=export.port))
+    machine.target.apply(export)
+    machine.connect(export)
+    assert machine.io_enabled()
+
+
+def test_other_programs_see_whose_the_connections_are(machine: Machine, volume: str, tmp_path: Path) -> None:
+    machine.keeper.owners = Owners(tmp_path / "owners")
+    export = machine.export(volume, addresses=(V4, V6))
+    machine.connect(export)
+    assert kept_until(machine, lambda: len(machine.controllers(export)) == 2)
+    machine.keep()
+    subsystem = machine.volumes.sysfs.find(export.nqn)
+    assert subsystem is not None
+    marks = {f"{each.name}/owner": "nvmesh-csi" for each in subsystem.controllers}
+    for theirs, owner in {"nvme98": "stas", "nvme99": "nvmesh-csi"}.items():
+        (tmp_path / "owners" / theirs).mkdir()
+        (tmp_path / "owners" / theirs / "owner").write_text(owner)
+    assert marks_in(tmp_path / "owners").items() > marks.items()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(WAIT_S))
+    machine.keep()
+    assert marks_in(tmp_path / "owners") == {"nvme98/owner": "stas"}
+
+
+def test_no_mark_is_written_where_others_can_write(machine: Machine, volume: str, tmp_path: Path) -> None:
+    machine.keeper.owners = Owners(tmp_path / "owners")
+    (tmp_path / "owners").mkdir()
+    (tmp_path / "owners").chmod(0o777)
+    machine.connect(machine.export(volume))
+    machine.keep()
+    assert machine.io_enabled()
+    assert marks_in(tmp_path / "owners") == {}
+
+
+def marks_in(directory: Path) -> dict[str, str]:
+    return {str(file.relative_to(directory)): file.read_text() for file in directory.glob("*/*")}
 
 
 @only_fake

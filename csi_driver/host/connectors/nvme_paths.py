@@ -19,6 +19,7 @@ from csi_driver.errors import DriverError
 from csi_driver.host.connectors.nvme import PROBE_S, NvmeVolumes, Refused, why_no_io
 from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.nvme_host import LIVE
+from csi_driver.host.nvme_owners import Owners
 from csi_driver.host_model import NvmeOrphan, NvmeStates
 from csi_driver.nvme_model import NvmeExport, host_nqn
 from csi_driver.thread_pool import Job
@@ -37,11 +38,14 @@ class PathKeeper:
     volumes: NvmeVolumes
     round_s: float = 2.0
     """So long a round waits for the connects that it started; the next round finds those that still run."""
+    owners: Owners | None = None
     reconnects: int = field(default=0, init=False)
     _settled: dict[str, tuple[Connection, frozenset[tuple[str, int]]]] = field(default_factory=dict, init=False)
     _pauses: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict, init=False)
     _running: dict[Job[None], tuple[Connection, str, float]] = field(default_factory=dict, init=False)
     """The connects that have no result yet, and when they began."""
+    _marked: frozenset[tuple[str, int]] = field(default=frozenset(), init=False)
+    _swept: frozenset[tuple[str, int]] | None = field(default=None, init=False)
 
     def keep(self) -> None:
         """Look at every path; without a change that reads one directory, and one file for each path."""
@@ -52,9 +56,13 @@ class PathKeeper:
         for record in records.values():
             if not self._is_settled(record, entries):
                 missing += [(record, path) for path in self._look_at(record, entries)]
+        self._marked &= entries
         self._settled = {name: each for name, each in self._settled.items() if name in records}
         self._pauses = {key: each for key, each in self._pauses.items() if key[0] in records}
         missing.sort(key=lambda each: self._pauses[each[0].name, each[1]])  # those that are due for longest first
+        if self.owners is not None and entries != self._swept:
+            self._swept = entries
+            self.owners.sweep(lambda name: bool(self.volumes.sysfs.nqn(name)), {name for name, _ in entries})
         if missing:
             self._connect(missing[:_PROBES_AT_ONCE])
 
@@ -81,11 +89,18 @@ class PathKeeper:
             self.volumes.start_deletes(record.export.nqn, keep=record.export.paths)
         names = {each.name for each in controllers}
         shown = frozenset(entry for entry in entries if entry[0] in names)
+        self._mark(shown - self._marked)
         is_whole = live == set(record.export.paths) and len(shown) == len(controllers) == len(live)
         if self._has_node(record) and is_whole:
             self._settled[record.name] = record, shown
             self._pauses = {key: each for key, each in self._pauses.items() if key[0] != record.name}
         return self._due(record, {each.path for each in controllers})
+
+    def _mark(self, controllers: frozenset[tuple[str, int]]) -> None:
+        if self.owners is not None:
+            for name, _ in controllers:
+                self.owners.mark(name)
+            self._marked |= controllers
 
     def _has_node(self, record: Connection) -> bool:
         try:

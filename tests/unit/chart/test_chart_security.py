@@ -88,6 +88,7 @@ def test_the_host_shows_what_the_table_says() -> None:
     }
     assert host_paths("node", *EXPORTED) == host_paths("node", *EMBEDDED) | {
         "/run/nvmesh-csi/nvme": writable,
+        "/run/nvme/registry": writable,
         "/lib/modules": (True, "None"),
     }
     assert host_paths("storage", *EXPORTED) == {

@@ -48,6 +48,7 @@
 {{- end }}
 {{- if include "nvmesh-csi.isExported" . }}
 - {path: /run/nvmesh-csi/nvme, mode: write}
+- {path: /run/nvme/registry, mode: write}
 {{- end }}
 {{- if not .Values.storage.enabled }}
 {{- range .Values.node.clientDirectories }}
