@@ -16,6 +16,7 @@ from csi_driver.embedded.model import (
     ATTACHMENTS,
     CLIENTS,
     DETACHED,
+    EXPORTS,
     MODE_NAMES,
     MODES,
     NONE,
@@ -25,6 +26,7 @@ from csi_driver.embedded.model import (
     Attachment,
     Client,
     Document,
+    Fact,
     Report,
     Reservation,
     Volume,
@@ -157,6 +159,8 @@ class Clients:
             port, inode = (0, 0) if client in self.names else self.place(volume.uuid)
             fields = client, volume.name, volume.uuid, "attaching", shown, references
             attachment = Attachment(*fields, None, new_token(), port, inode, volume.bytes)
+            if port:
+                change.put(EXPORTS, volume.uuid, Fact(str(port)), client)
         change.put(ATTACHMENTS, volume.uuid, attachment, client)
 
     def _preempt(self, change: Change, client: str, volume: Volume, *, detach: bool) -> list[Pair]:
@@ -258,6 +262,7 @@ def _put_detaching(change: Change, attachment: Attachment, *, force: bool) -> No
 
 def _end_attachment(change: Change, attachment: Attachment) -> None:
     change.delete(ATTACHMENTS, attachment.uuid, attachment.client)
+    change.delete(EXPORTS, attachment.uuid, attachment.client)
     volume = change.get(VOLUMES, attachment.volume)
     if volume is not None and volume.uuid == attachment.uuid:
         reservation = volume.reservation.released(attachment.client)

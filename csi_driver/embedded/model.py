@@ -379,6 +379,9 @@ TOTALS = Table("totals", Totals)
 FACTS = Table("facts", Fact)
 SNAPSHOTS = Table("snapshots", Snapshot, index="volume_uuid")
 SNAPSHOT_GROUPS = Table("snapshotGroups", SnapshotGroup)
+EXPORTS = Table("exports", Fact)
+"""Beside each attachment with a port: a version that knows no exports would give their volumes to second writers, and
+refuses a pool with records of an unknown kind."""
 TABLES: tuple[Table[Any], ...] = (
-    VOLUMES, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS, SNAPSHOTS, SNAPSHOT_GROUPS,
+    VOLUMES, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS, SNAPSHOTS, SNAPSHOT_GROUPS, EXPORTS,
 )  # fmt: skip

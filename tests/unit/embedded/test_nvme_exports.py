@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.embedded import store
 from csi_driver.embedded.export_use import SILENT_S
-from csi_driver.embedded.model import ATTACHMENTS
+from csi_driver.embedded.model import ATTACHMENTS, EXPORTS, TABLES
 from csi_driver.embedded.nvme_engine import REFUSED_S
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal, read_ports
@@ -571,6 +572,30 @@ def test_a_manager_that_cannot_see_the_connections_does_not_start(storage: Stora
 
 
 # --- size, readers, ports ---------------------------------------------------------------------------------------
+
+
+def test_a_version_that_knows_no_exports_refuses_a_pool_with_some(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would attach their volumes here, beside a node that writes through the kernel."""
+    earlier = tuple(table for table in TABLES if table is not EXPORTS)
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    controller = storage.connect("worker")
+    storage.manager.server.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "TABLES", earlier)
+        with pytest.raises(store.DatabaseUnusable, match="'exports', which only a newer version has"):
+            storage.started()
+    storage.kernel.write(controller, 4096, BLOCK)
+    storage.manager = storage.started()
+    storage.kernel.disconnect(controller)
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S)
+    storage.manager.server.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "TABLES", earlier)
+        storage.manager = storage.started(replace(storage.settings, export="loop"))
+    assert storage.manager.attach("data", "node-1", mode=EXCLUSIVE)["success"]
 
 
 def test_an_export_grows_with_its_volume(storage: Storage) -> None:
