@@ -139,6 +139,7 @@ class NvmeCluster(Cluster):
         self.pass_time(4)
         for _ in range(2):
             self.machines[node].keeper.keep()
+        self.pass_time(2)
 
     def close(self) -> None:
         for client in (*self.controllers, *self.nodes.values()):
