@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -383,3 +383,20 @@ def in_parallel(calls: Sequence[object]) -> list[object]:
     with ThreadPoolExecutor(max_workers=max(1, len(calls))) as pool:
         futures = [pool.submit(call) for call in calls if callable(call)]
         return [future.result() for future in futures]
+
+
+PASSING = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
+
+
+def until_done(call: Callable[[], object], timeout_s: float = 180) -> None:
+    """Repeat a call, as a CO does, as long as it is answered that it may be repeated."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            call()
+        except CallFailed as failure:
+            if failure.code not in PASSING or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import pytest
 
 from csi_driver.rpc.client import CallFailed
-from tests.integration.rig import MIB, Rig, Volume, digest, filesystem, fill, loops_over, raw_block
+from tests.integration.rig import MIB, Rig, Volume, digest, filesystem, fill, loops_over, raw_block, until_done
 
 pytestmark = pytest.mark.root
 
 ROLES = ["storage", "controller", "node"]
-PASSING = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
 
 
 def steps(volume: Volume, created: Callable[[], None]) -> list[tuple[str, Callable[[], object]]]:
@@ -60,20 +59,6 @@ def new_volume(rig: Rig, kind: str) -> tuple[Volume, Callable[[], None]]:
         assert again.volume_id == volume.id
 
     return volume, create
-
-
-def until_done(call: Callable[[], object], timeout_s: float = 180) -> None:
-    """Repeat a call, as a CO does, as long as it is answered that it may be repeated."""
-    end = time.monotonic() + timeout_s
-    while True:
-        try:
-            call()
-        except CallFailed as failure:
-            if failure.code not in PASSING or time.monotonic() > end:
-                raise
-            time.sleep(0.05)
-        else:
-            return
 
 
 @pytest.mark.parametrize("role", ROLES)
