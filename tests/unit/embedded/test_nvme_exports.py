@@ -574,6 +574,23 @@ def test_a_manager_that_cannot_see_the_connections_does_not_start(storage: Stora
 # --- size, readers, ports ---------------------------------------------------------------------------------------
 
 
+def test_a_pool_on_another_machine_is_exported_as_before(storage: Storage, tmp_path: Path) -> None:
+    storage.manager.save("other")
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.manager.attach("other", "node-1", mode=EXCLUSIVE)
+    before = storage.export("worker")
+    storage.settings = replace(storage.settings, clients=(ClientSettings.under("machine-2", tmp_path / "machine-2"),))
+    storage.reboot()
+    assert storage.export("worker") == before
+    storage.kernel.write(storage.connect("worker"), 4096, BLOCK)
+    assert storage.is_down("node-1")
+    storage.manager.detach("other", "node-1")
+    version = storage.manager.volume("other")["reservation"]["version"]
+    moved = {"version": version, "preempt": True, "isDetachOthers": True}
+    assert storage.manager.attach("other", "machine-2", mode=EXCLUSIVE, **moved)["success"]
+    assert storage.manager.report("other", "machine-2")["ioEnabled"] == 1
+
+
 def test_a_version_that_knows_no_exports_refuses_a_pool_with_some(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
