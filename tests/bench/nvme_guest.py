@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
@@ -28,14 +26,13 @@ from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
 from tests.bench.life import BLOCK, Life, new_volumes
 from tests.bench.measure import MIB, resident_mib, timed
 from tests.bench.report import Report
-from tests.bench.storm import storm
 from tests.vm.nvme_rig import NODE, NvmeRig, load_modules
 
 RESULT = "result: "
 """The last line of a run begins so; JSON follows."""
 DRIVE_NS = 80_000
-LIMITED_MB_PER_S = 200
 SIZE_MIB = 64
+ADDRESS = "127.0.0.1"
 DEVICES = Path("/run/bench/dev")
 FILE = "file"
 DEPTHS = (1, 32)
@@ -63,12 +60,12 @@ def shell(script: str) -> str:
 # --- drives and places -----------------------------------------------------------------------------------------------
 
 
-def drive(name: str, size_mib: int, mb_per_s: int = 0) -> Path:
-    """Make a drive in memory; `mb_per_s`: it is as slow as that."""
+def drive(name: str, size_mib: int) -> Path:
+    """Make a drive in memory."""
     place = Path("/sys/kernel/config/nullb") / name
     place.mkdir()
     wanted = {"size": size_mib, "memory_backed": 1, "irqmode": 2, "completion_nsec": DRIVE_NS, "queue_mode": 2}
-    wanted |= {"hw_queue_depth": 256, "submit_queues": 1, "discard": 1, "mbps": mb_per_s, "power": 1}
+    wanted |= {"hw_queue_depth": 256, "submit_queues": 1, "discard": 1, "power": 1}
     for attribute, value in wanted.items():
         (place / attribute).write_text(str(value))
     return Path("/dev") / name
@@ -89,34 +86,23 @@ def written(place: Path) -> Path:
 
 
 class Exports:
-    """Files and devices, exported and connected as the driver does it, at an address of this machine or another's."""
+    """Files and devices, exported to this machine and connected as the driver does it."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.target, self.volumes = (
-            NvmeTarget(),
-            NvmeVolumes(lambda: NODE, Path("/run/bench/dev"), Path("/run/bench/nvme")),
-        )
+    def __init__(self) -> None:
+        self.target = NvmeTarget()
+        self.volumes = NvmeVolumes(lambda: NODE, DEVICES, Path("/run/bench/nvme"))
         for half in (self.target, self.volumes):
             if reason := half.why_not():
                 raise SystemExit(reason)
 
-    def export(self, file: Path, number: int) -> TargetExport:
-        hosts = frozenset({host_nqn(NODE)})
-        volume = str(uuid.UUID(int=number))
+    def connected(self, name: str, file: Path, number: int, *, block_bytes: int = 4096) -> Path:
+        """Return the device of the connected export."""
+        volume, port = str(uuid.UUID(int=number)), 23000 + number
         nqn = subsystem_nqn(str(uuid.UUID(int=1 << 100)), volume, "1")
-        return self.target.apply(TargetExport(nqn, volume, file, 23000 + number, (self.address,), hosts))
-
-    def connect(self, name: str, number: int, *, block_bytes: int = 4096) -> Path:
-        volume = str(uuid.UUID(int=number))
-        nqn = subsystem_nqn(str(uuid.UUID(int=1 << 100)), volume, "1")
-        offered = NvmeExport(nqn, (f"{self.address}:{23000 + number}",), block_bytes)
+        self.target.apply(TargetExport(nqn, volume, file, port, (ADDRESS,), frozenset({host_nqn(NODE)})))
+        offered = NvmeExport(nqn, (f"{ADDRESS}:{port}",), block_bytes)
         self.volumes.connect(name, volume, offered, 0, "bench", deadline=Deadline.after(60))
         return DEVICES / name
-
-    def connected(self, name: str, file: Path, number: int, *, block_bytes: int = 4096) -> Path:
-        self.export(file, number)
-        return self.connect(name, number, block_bytes=block_bytes)
 
 
 def loop_over(file: Path) -> Path:
@@ -127,24 +113,16 @@ def loop_over(file: Path) -> Path:
 # --- data path -------------------------------------------------------------------------------------------------------
 
 
-def rates(jobs: Sequence[tuple[Path, str, int]], runtime_s: float, *, size_mib: int = SIZE_MIB) -> list[float]:
+def rates(jobs: Sequence[tuple[Path, str, int]], runtime_s: float) -> list[float]:
     """Return the requests per second of jobs (place, name of the pattern, depth), run by one fio one after another."""
-    return rates_of(shell(fio_script(jobs, runtime_s, size_mib=size_mib)))
-
-
-def fio_script(jobs: Sequence[tuple[Path, str, int]], runtime_s: float, *, size_mib: int = SIZE_MIB) -> str:
-    """Return a shell script that runs the jobs; its output is for `rates_of`."""
     lines = ["[global]", "ioengine=libaio", "direct=1", "randrepeat=0", "thread", "group_reporting"]
-    lines += [f"size={size_mib}m", "time_based", f"runtime={int(runtime_s * 1000)}ms"]
+    lines += [f"size={SIZE_MIB}m", "time_based", f"runtime={int(runtime_s * 1000)}ms"]
     for number, (place, pattern, depth) in enumerate(jobs):
         kind, size = PATTERNS[pattern]
         lines += [f"[job{number}]", "stonewall", f"filename={place}", f"rw={kind}", f"bs={size}"]
         # A thread waits for each flush.
         lines += ["fdatasync=1", f"numjobs={min(depth, 8)}"] if pattern.endswith("fdatasync") else [f"iodepth={depth}"]
-    return "\n".join(("fio --output-format=json - <<END", *lines, "END"))
-
-
-def rates_of(output: str) -> list[float]:
+    output = shell("\n".join(("fio --output-format=json - <<END", *lines, "END")))
     found = json.loads(output[output.index("{") : output.rindex("}") + 1])["jobs"]
     return [sum(job[kind]["iops"] for kind in ("read", "write")) for job in found]
 
@@ -154,7 +132,7 @@ def measure_data(report: Report, runtime_s: float) -> None:
     pool, raw, other = pool_on(drive("nullb0", 700)), drive("nullb1", 200), drive("nullb2", 200)
     thick = Path("/dev/mapper/bench-thick")
     shell(f"dmsetup create {thick.name} --table '0 {150 * MIB // 512} linear {other} 2048'")
-    exports = Exports("127.0.0.1")
+    exports = Exports()
     places = {
         FILE: written(pool / "file"),
         "drive": written(raw),
@@ -163,75 +141,15 @@ def measure_data(report: Report, runtime_s: float) -> None:
         "nvmet, drive": exports.connected("drive", raw, 2, block_bytes=512),
         "nvmet, LVM": exports.connected("lvm", written(thick), 3, block_bytes=512),
     }
-    compare(report, "queue depth", places, list(PATTERNS), runtime_s)
-
-
-def measure_writes(report: Report, runtime_s: float) -> None:
-    """Compare on a drive that is slower than the processor; then the first writes of blocks with later ones."""
-    exports = Exports("127.0.0.1")
-    limited = pool_on(drive("nullb3", 500, LIMITED_MB_PER_S))
-    places = {
-        FILE: written(limited / "file"),
-        "loop": loop_over(written(limited / "loop")),
-        "nvmet, file": exports.connected("limited", written(limited / "nvmet"), 4),
-    }
-    compare(
-        report,
-        f"queue depth, drive of {LIMITED_MB_PER_S} MB/s",
-        places,
-        list(PATTERNS)[:2],
-        runtime_s * 5,
-        "limited, rate / file's",
-    )
-    _first_writes(report, pool_on(drive("nullb0", 700)), exports, runtime_s)
-
-
-def compare(
-    report: Report,
-    grows: str,
-    places: Mapping[str, Path],
-    patterns: Sequence[str],
-    runtime_s: float,
-    group: str = "rate / file's",
-) -> None:
-    """Print the rates of the other places divided by the file's."""
     others = [name for name in places if name != FILE]
-    table = report.table(f"{group}, by {grows}", ("", "depth", "file per s", *others))
-    wanted = [(pattern, depth) for pattern in patterns for depth in DEPTHS]
+    table = report.table("Rate / file's", ("", "depth", "file per s", *others))
+    wanted = [(pattern, depth) for pattern in PATTERNS for depth in DEPTHS]
     found = iter(rates([(place, *each) for each in wanted for place in places.values()], runtime_s))
     for pattern, depth in wanted:
         per_s = {name: next(found) for name in places}
         table.row(pattern, depth, round(per_s[FILE]), *(per_s[name] / per_s[FILE] for name in others))
         for name in others:
-            report.point(grows, f"{group}: {pattern}, {name}", depth, per_s[name] / per_s[FILE])
-
-
-def _first_writes(report: Report, pool: Path, exports: Exports, runtime_s: float) -> None:
-    """Compare the first write of a block with a later one: the filesystem allocates or converts an extent."""
-    grows, size_mib = "queue depth, first writes", 24
-    make = {
-        "written": f"dd if=/dev/zero of=$0 bs=1M count={size_mib} oflag=direct status=none",
-        "preallocated": f"fallocate -l {size_mib}M $0",
-        "sparse": f"truncate -s {size_mib}M $0",
-    }
-    table = report.table(f"Rate / that of a written file, by {grows}", ("", "depth", "file", "nvmet"))
-    wanted = (("random write 4 KiB", 1), ("random write 4 KiB", 32), ("write 4 KiB and fdatasync", 1))
-    jobs: list[tuple[Path, str, int]] = []
-    for each in wanted:
-        for kind, script in make.items():
-            for where in ("file", "nvmet"):
-                file = pool / f"first-{len(jobs)}-{kind}"
-                subprocess.run(["bash", "-c", script, file], check=True)
-                place = file if where == "file" else exports.connected(f"first-{len(jobs)}", file, 10 + len(jobs))
-                jobs.append((place, *each))
-    found = iter(rates(jobs, runtime_s, size_mib=size_mib))
-    for pattern, depth in wanted:
-        per_s = {kind: (next(found), next(found)) for kind in make}
-        for kind in list(make)[1:]:
-            ratios = [rate / base for rate, base in zip(per_s[kind], per_s["written"], strict=True)]
-            table.row(f"{pattern}, {kind}", depth, *ratios)
-            for where, ratio in zip(("file", "nvmet"), ratios, strict=True):
-                report.point(grows, f"rate / that of a written file: {pattern}, {kind}, {where}", depth, ratio)
+            report.point("queue depth", f"rate / file's: {pattern}, {name}", depth, per_s[name] / per_s[FILE])
 
 
 # --- scale -----------------------------------------------------------------------------------------------------------
@@ -291,58 +209,10 @@ def measure_scale(report: Report, counts: Sequence[int]) -> None:
                 report.point(grows, name, count, value)
 
 
-def measure_storm(report: Report, attaches: int, stages: int) -> None:
-    """Attach many volumes at once; then stage many at once on a node that has just started and has no connection."""
-    directory = pool_on(drive("nullb1", 4096)) / "bench"
-    with running(directory) as rig:
-        life = Life(rig.controller, rig.node, NODE, BLOCK)
-        volumes = new_volumes(directory, "storm", attaches + 6)
-        timed(life.create, volumes, at_once=4)
-        alone, together = (
-            timed(life.attach, volumes[:6], at_once=1),
-            timed(life.attach, volumes[6:], at_once=attaches),
-        )
-        _storm_row(report, "ControllerPublishVolume at once", attaches, alone.wall_s / 6, together.wall_s / attaches)
-        timed(life.stage, volumes[:1], at_once=1)
-        alone = timed(life.stage, volumes[1:6], at_once=1)
-        jobs = [[partial(life.stage_by, volume=volume)] for volume in volumes[6 : 6 + stages]]
-        weather = storm(rig.node.socket, jobs, at_once=stages)
-        print(f"  {weather.calls} calls, longest {weather.longest_s:.2f} s, errors: {weather.told()}")
-        _storm_row(report, "NodeStageVolume at once", stages, alone.wall_s / 5, weather.wall_s / stages)
-
-
-def _storm_row(report: Report, what: str, count: int, alone_s: float, each_s: float) -> None:
-    table = report.table(what, ("", "1", str(count), "ratio"))
-    table.row("ms a volume", alone_s * 1000, each_s * 1000, each_s / alone_s)
-    for at_once, seconds in ((1, alone_s), (count, each_s)):
-        report.point(what, "ms a volume: one processor for all", at_once, seconds * 1000)
-
-
-# --- the two halves on two machines ----------------------------------------------------------------------------------
-
-
-def export_here(address: str) -> None:
-    """Prepare a storage machine: a file on its drive, the same as a loop device, and a file on a slow drive."""
-    exports = Exports(address)
-    written(Path("/drive/file"))
-    os.symlink(loop_over(written(Path("/drive/loop"))), "/run/bench-loop")
-    exports.export(written(Path("/drive/nvmet")), 1)
-    limited = pool_on(drive("nullb0", 400, 20))
-    written(limited / "file")
-    exports.export(written(limited / "nvmet"), 2)
-
-
-def connect_there(address: str) -> None:
-    exports = Exports(address)
-    for name, number in (("file", 1), ("limited", 2)):
-        exports.connect(name, number)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("data", "writes", "scale", "storm", "export", "connect"))
+    parser.add_argument("part", choices=("data", "scale"))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--address", default="127.0.0.1")
     options = parser.parse_args()
     load_modules()
     if not Path("/sys/kernel/config/nullb").exists():
@@ -350,16 +220,8 @@ def main() -> None:
     report, begun = Report(), time.perf_counter()
     if options.part == "data":
         measure_data(report, 0.05 if options.quick else 0.1)
-    elif options.part == "writes":
-        measure_writes(report, 0.05 if options.quick else 0.1)
-    elif options.part == "scale":
-        measure_scale(report, (2, 4) if options.quick else (10, 30, 60))
-    elif options.part == "storm":
-        measure_storm(report, *((8, 4) if options.quick else (100, 60)))
-    elif options.part == "export":
-        export_here(options.address)
     else:
-        connect_there(options.address)
+        measure_scale(report, (2, 4) if options.quick else (10, 30, 60))
     print(f"{options.part}: {time.perf_counter() - begun:.0f} s of the guest's clock")
     print(RESULT + json.dumps(report.curves))
 
