@@ -120,7 +120,8 @@ class Attacher:
         """Return why a client is down; "" when it is not."""
         if not self.is_down(client):
             return ""
-        is_served = self._engine(client) is not None
+        engine = self._engine(client)
+        is_served = engine is not None and not engine.needs_client
         return "the node has no connection" if is_served else "this manager no longer serves the node"
 
     def is_connected(self, client: str) -> bool:

@@ -13,7 +13,7 @@ from csi_driver.background import Worker
 from csi_driver.embedded.client_files import DeviceDirectories, StatusFiles, is_in_place, remove_nodes
 from csi_driver.embedded.clients import Pair
 from csi_driver.embedded.engines import Hold
-from csi_driver.embedded.model import CLIENTS, Attachment, Volume, client_hash
+from csi_driver.embedded.model import ATTACHMENTS, CLIENTS, Attachment, Volume, client_hash
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import ClientSettings, LoopDevices
 from csi_driver.embedded.store import Store
@@ -38,7 +38,11 @@ def _is_private(device: LoopDevice) -> bool:
 
 @dataclass(eq=False)
 class LocalEngine:
-    """An engine of loop devices. A client that is down does nothing: its node may use a device's number for ever."""
+    """An engine of loop devices. A client that is down does nothing: its node may use a device's number for ever.
+
+    Down are clients with a device that this manager no longer serves, e.g. since this machine was renamed. Without a
+    record one has the name of its device.
+    """
 
     settings: tuple[ClientSettings, ...]
     store: Store
@@ -46,6 +50,7 @@ class LocalEngine:
     loops: LoopDevices
     worker: Worker
     devices: dict[Pair, LoopDevice] = field(default_factory=dict)
+    _unserved: set[str] = field(default_factory=set)
     needs_client = True
 
     def __post_init__(self) -> None:
@@ -73,14 +78,18 @@ class LocalEngine:
         return True
 
     def _find_devices(self, found: Iterable[LoopDevice]) -> None:
-        owners = {client_hash(name): name for name in self.files}
+        names = {row.client for row in self.store.everywhere(ATTACHMENTS)}
+        owners = {client_hash(name): name for name in (*names, *self.files)}
         for device in found:
             identity, _, owner = device.label.removesuffix(f"/{_PRIVATE}").partition("/")
             pair = owners.get(owner, ""), identity
-            if owner not in owners:
+            if pair[0] not in self.files:
                 _log.warning(
                     "loop%d of %s belongs to no client of this manager; left alone", device.number, device.file
                 )
+                name = pair[0] if pair[0] and pair not in self.devices else f"loop:{device.number}"
+                self._unserved.add(name)
+                self.devices[name, identity] = device
             elif pair not in self.devices or self.loops.detach(self.devices[pair]):
                 self.devices[pair] = device
             elif not self.loops.detach(device):
@@ -105,10 +114,10 @@ class LocalEngine:
     # --- what clients have ---
 
     def serves(self, client: str) -> bool:
-        return client in self.files
+        return client in self.files or client in self._unserved
 
     def is_down(self, client: str) -> bool:
-        return False
+        return client not in self.files
 
     def is_connected(self, client: str) -> bool:
         return False  # its devices are on this machine
@@ -117,7 +126,7 @@ class LocalEngine:
         return list(self.devices)
 
     def holders(self, identity: str) -> Iterable[str]:
-        return [client for client in self.files if (client, identity) in self.devices]
+        return [client for client in (*self.files, *self._unserved) if (client, identity) in self.devices]
 
     def hold(self, client: str, identity: str) -> Hold | None:
         device = self.devices.get((client, identity))
@@ -186,6 +195,10 @@ class LocalEngine:
         if not is_down and self.release(client, identity, volume_name):
             return True
         fenced = self.loops.fence(self.devices[client, identity])
+        if client in self._unserved:
+            if fenced is not None:
+                del self.devices[client, identity]
+            return fenced is not None
         if fenced is None:
             return self.release(client, identity, volume_name)
         self.devices[client, identity] = fenced

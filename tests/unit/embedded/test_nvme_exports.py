@@ -527,6 +527,35 @@ def test_a_node_that_becomes_a_client_of_this_machine_is_not_two_writers(storage
     assert len(storage.loops.bound) == 1
 
 
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_client_that_is_no_longer_served_is_cut_off_before_a_node_gets_its_volume(
+    storage: Storage, *, has_record: bool
+) -> None:
+    """As after a change of --client, or of the machine's name, under a running pod."""
+    client = storage.settings.clients[0]
+    storage.manager.attach("data", client.name, mode=EXCLUSIVE)
+    storage.loops.open.update(storage.loops.bound)
+    (device,) = storage.loops.bound.values()
+    if not has_record:
+        storage.loops.bound[0] = replace(device, label=f"{device.uuid}/{'0' * 16}")
+    storage.restart(replace(storage.settings, clients=(replace(client, name="renamed"),)))
+    assert storage.take_over("worker")["success"]
+    storage.pass_time(10)
+    assert storage.export("worker")
+    assert [each.fenced for each in storage.loops.bound.values()] == [True]
+
+
+def test_a_client_that_is_no_longer_served_and_cannot_be_cut_off_keeps_its_volume(storage: Storage) -> None:
+    client = storage.settings.clients[0]
+    storage.manager.attach("data", client.name, mode=EXCLUSIVE)
+    storage.loops.fences = False
+    storage.restart(replace(storage.settings, clients=(replace(client, name="renamed"),)))
+    storage.take_over("worker")
+    storage.pass_time(10)
+    assert storage.export("worker") is None
+    assert len(storage.loops.bound) == 1, "a program may still use the number of the device"
+
+
 def test_volumes_of_nodes_are_given_to_nobody_where_nothing_is_exported(storage: Storage) -> None:
     storage.manager.attach("data", "worker", mode=EXCLUSIVE)
     controller = storage.connect("worker")
