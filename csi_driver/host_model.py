@@ -239,7 +239,7 @@ _CONNECT_BYTES = 128 + 72 + 1024
 class Connection:
     """A TCP connection to a local port. `is_owned`: the target has not given its socket back, so I/O may be running.
 
-    `received_bytes`: from the peer; None = unknown.
+    `received_bytes`: from the peer, and `silent_s`: the time since; None = unknown.
     """
 
     port: int
@@ -247,6 +247,7 @@ class Connection:
     state: SocketState
     is_owned: bool = True
     received_bytes: int | None = None
+    silent_s: float | None = None
 
     @property
     def is_live(self) -> bool:

@@ -19,6 +19,8 @@ _PATH = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([1-9][0-9]{0,4})")
 _MOST_PATHS = 16
 _HOST_NAMESPACE = uuid.UUID("6f6bd3a8-5b0c-4b1e-9a5e-0c2f3d9b7e41")
 SUBSYSTEM_PREFIX = "nqn.2026-11.com.excelero.nvmesh-csi"
+KEEP_ALIVE_S = 5
+"""A node that has sent nothing for this time, or up to twice as long, loses its connections. It sends every 2.5 s."""
 
 
 @dataclass(frozen=True, slots=True)

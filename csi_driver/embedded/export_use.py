@@ -10,10 +10,10 @@ from enum import Enum
 from csi_driver.deadline import Clock
 from csi_driver.embedded.clients import Pair
 from csi_driver.host_model import Connection, SocketState
+from csi_driver.nvme_model import KEEP_ALIVE_S
 
 SILENT_S = 15.0
-"""Time without a connection after which a node counts as dead or cut off. It reconnects every 2 s, and the keep-alive
-time in which the target notices a dead one is 5 s."""
+"""Time without a connection after which a node counts as dead or cut off. It reconnects every 2 s."""
 _CLOSED_BY_TARGET = (SocketState.FIN_WAIT1, SocketState.FIN_WAIT2, SocketState.CLOSING)
 
 
@@ -35,6 +35,9 @@ class ExportUse:
     """Live connections at the latest look."""
     _closing: dict[str, float] = field(default_factory=dict)
     """When the target closed the connections of an NQN, because it noticed no host that has not come back since."""
+    _heard: dict[str, float] = field(default_factory=dict)
+    """When the node of an NQN sent something last, by the latest look, which found a connection. The target leaves no
+    trace of the connections that it ends: it resets them."""
     _silent: dict[str, float] = field(default_factory=dict)
     """When a client had a connection last, or got its first export."""
 
@@ -64,8 +67,10 @@ class ExportUse:
         if any(each.is_live for each in found):
             self.unproven.discard(nqn)
             self._closing.pop(nqn, None)
+            self._heard[nqn] = now_s - min(each.silent_s or 0.0 for each in found if each.is_live)
             return Use.CONNECTED
-        if any(each.state in _CLOSED_BY_TARGET for each in found):
+        was_silent = now_s - self._heard.pop(nqn, now_s) >= KEEP_ALIVE_S
+        if was_silent or any(each.state in _CLOSED_BY_TARGET for each in found):
             self._closing.setdefault(nqn, now_s)
         since_s = self._closing.get(nqn, self._started_s if nqn in self.unproven else None)
         if since_s is None:
@@ -81,8 +86,9 @@ class ExportUse:
                 live.add(pair[0])
             if self._judge(nqn, found.get(port, ())) is not Use.CONNECTED:
                 unused.append(pair)
-        for nqn in self._closing.keys() - {nqn for nqn, _ in exports.values()}:
+        for nqn in (self._closing.keys() | self._heard.keys()) - {nqn for nqn, _ in exports.values()}:
             self._closing.pop(nqn, None)
+            self._heard.pop(nqn, None)
         clients = {client for client, _ in exports}
         self._silent = {each: now_s if each in live else self._silent.get(each, now_s) for each in clients}
         self.connected = sum(each.is_live for connections in found.values() for each in connections)

@@ -23,8 +23,9 @@ _PORTS, _PEER_AT, _INODE_AT = struct.Struct("!4xHH"), 24, 68
 """Places in struct inet_diag_msg, which begins with the family and the state."""
 _MESSAGE_BYTES = 72
 _ATTRIBUTE = struct.Struct("=HH")
-_INFO, _RECEIVED_AT = 2, 128
-"""The attribute with struct tcp_info (include/uapi/linux/tcp.h), and the place of tcpi_bytes_received in it."""
+_INFO, _RECEIVED_AT, _SILENT_AT = 2, 128, 52
+"""The attribute with struct tcp_info (include/uapi/linux/tcp.h), and the places of tcpi_bytes_received and
+tcpi_last_data_recv in it."""
 _BYTECODE = 1
 _SOURCE_AT_LEAST, _SOURCE_AT_MOST = 2, 3
 _UNCONNECTED = (SocketState.LISTEN, SocketState.CLOSE, SocketState.TIME_WAIT)
@@ -81,15 +82,17 @@ def _connection(message: bytes) -> Connection:
         peer = socket.inet_ntop(socket.AF_INET, message[_PEER_AT : _PEER_AT + 4])
     else:
         peer = f"[{socket.inet_ntop(socket.AF_INET6, message[_PEER_AT : _PEER_AT + 16])}]"
-    return Connection(port, f"{peer}:{peer_port}", SocketState(message[1]), inode != 0, _received_bytes(message))
+    return Connection(port, f"{peer}:{peer_port}", SocketState(message[1]), inode != 0, *_received(message))
 
 
-def _received_bytes(message: bytes) -> int | None:
+def _received(message: bytes) -> tuple[int | None, float | None]:
+    """Return how many bytes came from the peer, and the seconds since the last of them."""
     at = _MESSAGE_BYTES
     while at < len(message):
         length, kind = _ATTRIBUTE.unpack_from(message, at)
         if kind == _INFO and length >= _ATTRIBUTE.size + _RECEIVED_AT + 8:
             (received,) = struct.unpack_from("=Q", message, at + _ATTRIBUTE.size + _RECEIVED_AT)
-            return int(received)
+            (silent_ms,) = struct.unpack_from("=I", message, at + _ATTRIBUTE.size + _SILENT_AT)
+            return int(received), silent_ms / 1000
         at += (length + 3) & ~3
-    return None
+    return None, None

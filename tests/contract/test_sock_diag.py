@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -82,6 +83,22 @@ def test_a_connection_is_live_from_the_bytes_of_a_connect_on(held: ExitStack) ->
     peers.client.sendall(b"x")
     peers.server.recv(len(CONNECT), socket.MSG_WAITALL)
     assert (peers.shown.received_bytes, peers.shown.is_live) == (len(CONNECT), True)
+
+
+def test_the_time_since_a_peer_sent_something_grows_until_it_sends_again(held: ExitStack) -> None:
+    peers = Peers(held, "127.0.0.1", "127.0.0.1")
+    peers.send(b"x")
+
+    def silent_s() -> float:
+        assert peers.shown.silent_s is not None
+        return peers.shown.silent_s
+
+    while silent_s() < 0.5:
+        pass
+    sent_s = time.monotonic()
+    peers.client.sendall(b"y")
+    peers.server.recv(2, socket.MSG_WAITALL)
+    assert silent_s() <= time.monotonic() - sent_s + 0.1
 
 
 def test_a_closed_connection_is_not_live_and_says_who_closed_it(held: ExitStack) -> None:

@@ -50,6 +50,8 @@ class Controller:
     running: int = 0
     answers: bool = True
     """Whether its machine still answers; the connections to one that is dead stay unanswered."""
+    silent_s: float = 0.0
+    """The time since it sent something."""
 
 
 @dataclass(eq=False)
@@ -213,7 +215,7 @@ class NvmeKernel:
         for queue in range(each.queues + 1) if each.port in found else ():
             address = f"[{each.address}]" if ":" in each.address else each.address
             peer = f"{address}:{40000 + each.number * 100 + queue}"
-            found[each.port].append(Connection(each.port, peer, state, is_owned))
+            found[each.port].append(Connection(each.port, peer, state, is_owned, silent_s=each.silent_s))
 
     def give_up(self, controller: Controller) -> None:
         """The keep-alive time of a dead host is over: the target closes its connections."""

@@ -34,7 +34,7 @@ from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, NO_SUBSYSTEM, Fabrics,
 from csi_driver.host.nvme_keys import NodeKeys
 from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import ConnectOptions, DeviceNumber, VolumeStatus
-from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, split_path
+from csi_driver.nvme_model import KEEP_ALIVE_S, NvmeExport, host_nqn, host_uuid, split_path
 from csi_driver.thread_pool import Job, Pool, SharedJobs
 
 NAMESPACE = 1
@@ -44,7 +44,7 @@ DELAYED_REMOVAL, DELAYED_REMOVAL_S = "delayed_removal_secs", 60
 """So long a namespace outlives its last path (Linux 6.16): I/O waits until the keeper has connected another. No later
 write shortens a wait that has begun, and a volume that was taken over cannot be disconnected before its end."""
 IO_TIMEOUT_S, MOST_IO_QUEUES = 600, 4
-_QUEUE_SIZE, _KEEP_ALIVE_S, _RECONNECT_DELAY_S = 128, 5, 2
+_QUEUE_SIZE, _RECONNECT_DELAY_S = 128, 2
 _FIRST_S, _MOST_S = 0.005, 0.1  # pauses between looks at sysfs
 _DELETES_AT_ONCE = 8
 _ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)  # the kernel looks; a look here would read every subsystem
@@ -225,7 +225,7 @@ class NvmeVolumes:
             "hostid": host_uuid(node_id),
             "nr_io_queues": str(asked.io_queues or min(MOST_IO_QUEUES, os.cpu_count() or 1)),
             "queue_size": str(_QUEUE_SIZE),
-            "keep_alive_tmo": str(_KEEP_ALIVE_S),
+            "keep_alive_tmo": str(KEEP_ALIVE_S),
             "reconnect_delay": str(_RECONNECT_DELAY_S),
             "ctrl_loss_tmo": str(asked.io_timeout_s or IO_TIMEOUT_S),
         }

@@ -105,6 +105,13 @@ class Storage:
             self.manager.server.attacher.check()
             self.manager.server.worker.run_due()
 
+    def fall_silent(self, controller: Controller) -> None:
+        """Let a node die: the kernel's target resets its connections after the keep-alive time and leaves no trace."""
+        for silent_s in (2.0, 4.0, 6.0):
+            controller.silent_s = silent_s
+            self.pass_time(2)
+        self.kernel.disconnect(controller)
+
     def refused(self, node: str, export: Json) -> int:
         """Return the error with which a node cannot connect: EIO = refused for ever, ECONNREFUSED = it tries again."""
         with pytest.raises(OSError) as refusal:  # noqa: PT011
@@ -205,6 +212,39 @@ def test_a_node_that_learns_that_its_connections_were_closed_has_time_to_connect
     storage.pass_time(SILENT_S - 4)
     assert storage.manager.attachment("data", "worker")["action"] == "detaching"
     storage.kernel.write(storage.connect("worker"), 0, BLOCK)
+
+
+def test_a_silent_node_whose_connections_left_no_trace_has_time_to_connect_again(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    storage.fall_silent(storage.connect("worker"))
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S - 4)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+    storage.kernel.write(storage.connect("worker"), 0, BLOCK)
+    storage.pass_time(10 * SILENT_S)
+    assert storage.manager.attachment("data", "worker")["action"] == "detaching"
+
+
+def test_a_silent_node_that_comes_back_too_late_is_refused(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    export = storage.export("worker")
+    storage.fall_silent(storage.connect("worker"))
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S + 2)
+    assert storage.manager.attachment("data", "worker") is None
+    assert storage.refused("worker", export) == errno.EIO
+
+
+def test_one_silent_connection_of_a_node_that_sends_by_another_one_is_no_silence(storage: Storage) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    silent, other = storage.connect("worker"), storage.connect("worker")
+    silent.silent_s = 60.0
+    storage.pass_time(2)
+    storage.kernel.disconnect(silent)
+    storage.kernel.disconnect(other)
+    assert storage.manager.detach("data", "worker")["success"]
+    assert storage.manager.attachment("data", "worker") is None
+    assert storage.kernel.subsystems == {}
 
 
 def test_a_connection_without_a_host_keeps_no_volume(storage: Storage) -> None:
