@@ -49,7 +49,11 @@ def can_export(settings: StorageSettings, pool: Pool, target: NvmeTarget) -> boo
     """Return whether volumes are exported. Raises PreconditionFailed where they must be, and cannot be."""
     if settings.export == LOOP:
         return False
-    why_not = target.why_not() if settings.export_addresses else "--export-address is not given"
+    if settings.export_addresses:
+        why_not = target.why_not()
+    else:
+        own = ", ".join(target.addresses()) or "none"
+        why_not = f"--export-address is not given, an address of this machine in the storage network; it has {own}"
     if not why_not and (found := pool.block_bytes()) < BLOCK_SIZE:
         why_not = f"the filesystem of {pool.directory} has blocks of {found} bytes, expected {BLOCK_SIZE}"
     if not why_not:

@@ -229,8 +229,6 @@ class StorageSettings:
             yield "--client names a client twice"
         if len({client.device_directory for client in self.clients}) != len(self.clients):
             yield "--client gives two clients one directory, expected one of its own for each"
-        if self.export == NVME_TCP and not self.export_addresses:
-            yield "--export nvme-tcp needs --export-address, an address of this machine in the storage network"
         if len(set(self.export_addresses)) != len(self.export_addresses):
             yield "--export-address names an address twice"
         if len(self.export_addresses) > _MOST_PORTALS:
@@ -293,6 +291,10 @@ class LoopDevices(Protocol):
 
 class NvmeTarget(Protocol):
     """The kernel's NVMe target over TCP. Methods raise HostFailure where the kernel refuses, and are repeatable."""
+
+    def addresses(self) -> Sequence[str]:
+        """Return the addresses of this machine by which others may reach it."""
+        ...
 
     def why_not(self) -> str:
         """Return why this machine cannot export; "" when it can. Loads the modules and mounts configfs."""

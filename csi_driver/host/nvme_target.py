@@ -142,6 +142,9 @@ class NvmeTarget:
     _pool: Pool = field(default_factory=lambda: Pool("nvme-disable", _DISABLED_AT_ONCE), init=False)
     _disabling: SharedJobs = field(default_factory=SharedJobs, init=False)
 
+    def addresses(self) -> list[str]:
+        return sock_diag.addresses()
+
     def why_not(self) -> str:
         try:
             self.files.prepare()

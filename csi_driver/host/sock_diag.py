@@ -8,9 +8,13 @@ the machine. Structures from include/uapi/linux/inet_diag.h.
 from __future__ import annotations
 
 import errno
+import ipaddress
+import re
 import socket
 import struct
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from csi_driver.host.syscalls import system_call
 from csi_driver.host_model import Connection, SocketState
@@ -44,6 +48,16 @@ def connections(ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
 def listening(ports: Collection[int]) -> frozenset[int]:
     """Return those of the ports that somebody listens on, at any address. Raises SystemCallFailed."""
     return frozenset(each.port for each in _sockets(ports, 1 << SocketState.LISTEN.value))
+
+
+def addresses(shown_in: Path = Path("/proc/net")) -> list[str]:
+    """Return the addresses of this machine by which others may reach it; empty where that is not shown."""
+    found = []
+    with suppress(OSError):
+        found += re.findall(r"-- (\S+)\n +/32 host LOCAL", (shown_in / "fib_trie").read_text())
+        found += re.findall(r"^([0-9a-f]{32}) \S+ \S+ 00 ", (shown_in / "if_inet6").read_text(), re.MULTILINE)
+    known = {ipaddress.ip_address(each if "." in each else bytes.fromhex(each)) for each in found}
+    return [str(each) for each in sorted(known, key=lambda each: each.packed) if not each.is_loopback]
 
 
 def _sockets(ports: Collection[int], states: int) -> Iterator[Connection]:

@@ -29,15 +29,15 @@ from csi_driver.errors import (
     same_again,
 )
 from csi_driver.host import block_devices
+from csi_driver.host.connectors.nvme_proof import NAMESPACE, proven, why_no_io
 from csi_driver.host.connectors.nvme_records import Connection, Records
-from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, NO_SUBSYSTEM, Fabrics, Head, Subsystem, Sysfs
+from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, NO_SUBSYSTEM, Fabrics, Subsystem, Sysfs
 from csi_driver.host.nvme_keys import NodeKeys
 from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import ConnectOptions, DeviceNumber, VolumeStatus
 from csi_driver.nvme_model import KEEP_ALIVE_S, NvmeExport, host_nqn, host_uuid, split_path
 from csi_driver.thread_pool import Job, Pool, SharedJobs
 
-NAMESPACE = 1
 PROBE_S = 1.0
 """So long a path may take to accept a TCP connection."""
 DELAYED_REMOVAL, DELAYED_REMOVAL_S = "delayed_removal_secs", 60
@@ -258,7 +258,7 @@ class NvmeVolumes:
         subsystem = self.subsystem(record.export.nqn)
         if subsystem is None or not subsystem.heads:
             return False
-        head = _proven(record, subsystem)
+        head = proven(record, subsystem)
         wait_s = self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL)
         if wait_s and wait_s != str(DELAYED_REMOVAL_S) and not record.is_refused:
             tune = partial(self.sysfs.tune_head, subsystem.name, head.name, DELAYED_REMOVAL, str(DELAYED_REMOVAL_S))
@@ -402,37 +402,3 @@ class NvmeVolumes:
         if isinstance(failure, DriverError):
             raise same_again(failure) from failure
         job.result()
-
-
-def why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
-    """Return why the volume carries no I/O now; empty when it does."""
-    if record.is_refused:
-        return "the storage machine refuses this node"
-    if subsystem is None or not subsystem.controllers:
-        return f"no path is connected, of {', '.join(record.export.paths)}"
-    if not subsystem.heads:
-        return "its namespace is not shown"
-    try:
-        _proven(record, subsystem)
-    except PreconditionFailed as failure:
-        return str(failure)
-    if any(each.is_usable for each in subsystem.controllers):
-        return ""
-    return ", ".join(f"{each.path} is {' '.join((each.state, *each.ana_states))}" for each in subsystem.controllers)
-
-
-def _proven(record: Connection, subsystem: Subsystem) -> Head:
-    """Return the one namespace of the subsystem if it is the volume's. The volume may have grown since."""
-    for head in subsystem.heads:
-        for what, value, expected in (
-            ("uuid", head.uuid, record.uuid),
-            ("namespace", head.namespace, NAMESPACE),
-            ("block size", head.block_bytes, record.export.block_bytes),
-            ("size in bytes", head.size_bytes, max(head.size_bytes, record.size_bytes)),
-        ):
-            if value != expected:
-                raise PreconditionFailed(
-                    f"{head.name} of {record.export.nqn}: expected the {what} {expected} of volume "
-                    f"{record.name}, got {value}; the device is not used"
-                )
-    return subsystem.heads[-1]

@@ -16,7 +16,8 @@ from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 from csi_driver.errors import DriverError
-from csi_driver.host.connectors.nvme import PROBE_S, NvmeVolumes, Refused, why_no_io
+from csi_driver.host.connectors.nvme import PROBE_S, NvmeVolumes, Refused
+from csi_driver.host.connectors.nvme_proof import why_no_io
 from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.nvme_host import LIVE
 from csi_driver.host.nvme_owners import Owners

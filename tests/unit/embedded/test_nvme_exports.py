@@ -19,6 +19,7 @@ from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal, read_ports
 from csi_driver.errors import PreconditionFailed
 from csi_driver.host.nvme_target import NvmeTarget
+from csi_driver.host.sock_diag import addresses
 from csi_driver.nvme_model import host_nqn, split_path
 from tests.fakes.nvme_kernel import Controller, NvmeKernel
 from tests.unit.embedded.fake_loops import FakeLoopDevices
@@ -907,6 +908,24 @@ def test_only_a_range_of_ports_is_one(value: str) -> None:
         read_ports(value)
 
 
-def test_an_address_is_needed_to_export() -> None:
-    (problem,) = StorageSettings(Path("pool"), export="nvme-tcp").problems()
-    assert "--export-address" in problem
+def test_an_address_is_needed_to_export(tmp_path: Path) -> None:
+    with pytest.raises(PreconditionFailed, match="--export-address is not given") as refusal:
+        Storage(tmp_path, addresses=())
+    assert str(refusal.value).endswith(f"it has {', '.join(addresses()) or 'none'}")
+
+
+def test_the_addresses_of_a_machine_are_those_that_others_reach(tmp_path: Path) -> None:
+    (tmp_path / "fib_trie").write_text(
+        "Main:\n     +-- 10.1.0.0/24 2 0 2\n"
+        "        |-- 10.1.0.0\n           /24 link UNICAST\n"
+        "        |-- 127.0.0.1\n           /32 host LOCAL\n"
+        "        |-- 10.1.0.2\n           /32 host LOCAL\n"
+        "        |-- 10.1.0.255\n           /32 link BROADCAST\n"
+        "Local:\n        |-- 10.1.0.2\n           /32 host LOCAL\n"
+    )
+    (tmp_path / "if_inet6").write_text(
+        "00000000000000000000000000000001 01 80 10 80       lo\n"
+        "fe8000000000000000fc00fffe000001 04 40 20 80     eth0\n"
+        "fd000000000000000000000000000002 04 40 00 82     eth0\n"
+    )
+    assert addresses(tmp_path) == ["10.1.0.2", "fd00::2"]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sysfs proves of a volume that is connected by NVMe/TCP."""
+
+from __future__ import annotations
+
+from csi_driver.errors import PreconditionFailed
+from csi_driver.host.connectors.nvme_records import Connection
+from csi_driver.host.nvme_host import Head, Subsystem
+
+NAMESPACE = 1
+
+
+def why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
+    """Return why the volume carries no I/O now; empty when it does."""
+    if record.is_refused:
+        return "the storage machine refuses this node"
+    if subsystem is None or not subsystem.controllers:
+        return f"no path is connected, of {', '.join(record.export.paths)}"
+    if not subsystem.heads:
+        return "its namespace is not shown"
+    try:
+        proven(record, subsystem)
+    except PreconditionFailed as failure:
+        return str(failure)
+    if any(each.is_usable for each in subsystem.controllers):
+        return ""
+    return ", ".join(f"{each.path} is {' '.join((each.state, *each.ana_states))}" for each in subsystem.controllers)
+
+
+def proven(record: Connection, subsystem: Subsystem) -> Head:
+    """Return the one namespace of the subsystem if it is the volume's. The volume may have grown since."""
+    for head in subsystem.heads:
+        for what, value, expected in (
+            ("uuid", head.uuid, record.uuid),
+            ("namespace", head.namespace, NAMESPACE),
+            ("block size", head.block_bytes, record.export.block_bytes),
+            ("size in bytes", head.size_bytes, max(head.size_bytes, record.size_bytes)),
+        ):
+            if value != expected:
+                raise PreconditionFailed(
+                    f"{head.name} of {record.export.nqn}: expected the {what} {expected} of volume "
+                    f"{record.name}, got {value}; the device is not used"
+                )
+    return subsystem.heads[-1]
