@@ -76,6 +76,7 @@ def paths(target: Target) -> Iterator[Finding]:
         return
     volumes = keeper.volumes
     records = volumes.records.all()
+    lost: dict[str, dict[str, str]] = {}
     for name, record in sorted(records.items()):
         if record.is_refused:
             fix = "delete its pods on this node: kubelet then removes the mounts"
@@ -83,12 +84,15 @@ def paths(target: Target) -> Iterator[Finding]:
             continue
         subsystem = volumes.subsystem(record.export.nqn)
         states = {each.path: each.state for each in (subsystem.controllers if subsystem else ())}
-        lost = [path for path in record.export.paths if states.get(path) != LIVE]
-        answering = volumes.fabrics.probe(lost, _PROBE_S, _PROBE_S)
-        for path in lost:
-            level = error if len(lost) == len(record.export.paths) else warning
+        states_here = {path: states.get(path, "missing") for path in record.export.paths}
+        lost[name] = {path: state for path, state in states_here.items() if state != LIVE}
+    # All at once: each path that does not answer takes the whole time.
+    answering = volumes.fabrics.probe([path for states in lost.values() for path in states], _PROBE_S, _PROBE_S)
+    for name, states in lost.items():
+        level = error if len(states) == len(records[name].export.paths) else warning
+        for path, state in states.items():
             answer = "a target answers there" if path in answering else "no target answers there"
-            yield level(f"volume {name}: path {path} is {states.get(path, 'missing')}; {answer}")
+            yield level(f"volume {name}: path {path} is {state}; {answer}")
     for orphan in keeper.orphans():
         fix = "see the log of the node's container: it ends a connection that is proven to be unused"
         yield warning(f"{orphan.nqn} is connected, and no volume here uses it", fix=fix)

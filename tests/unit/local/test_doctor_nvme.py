@@ -7,7 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from csi_driver.config import parse
 from csi_driver.config.local_commands import DoctorCommand
 from csi_driver.host.connectors.nvme_records import Connection, Records
+from csi_driver.host.nvme_host import Fabrics
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.host_model import ConnectOptions, TargetExport
 from csi_driver.local import doctor_node, doctor_nvme
@@ -32,9 +33,9 @@ def target(*flags: str) -> Target:
     return command.target
 
 
-def record(directory: Path, *paths: str, is_refused: bool = False) -> None:
+def record(directory: Path, *paths: str, name: str = "csi-1", is_refused: bool = False) -> None:
     export = NvmeExport(subsystem_nqn(POOL, VOLUME, "1"), paths)
-    made = Connection("csi-1", VOLUME, export, 0, ConnectOptions(), frozenset(("/staging",)), is_refused=is_refused)
+    made = Connection(name, VOLUME, export, 0, ConnectOptions(), frozenset(("/staging",)), is_refused=is_refused)
     Records(directory).put(made)
 
 
@@ -92,6 +93,21 @@ def test_a_lost_path_is_named_with_the_answer_of_its_address(tmp_path: Path) -> 
         (Severity.ERROR, f"volume csi-1: path {silent_path} is missing; no target answers there"),
     ]
     assert found[-1].found == "volumes connected over NVMe/TCP: 1"
+
+
+def test_all_lost_paths_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one that is silent takes the whole time, and on a bad night all of them are."""
+    asked: list[Collection[str]] = []
+
+    def probe(_: Fabrics, paths: Collection[str], *__: float) -> frozenset[str]:
+        asked.append(paths)
+        return frozenset()
+
+    monkeypatch.setattr(Fabrics, "probe", probe)
+    for number in (1, 2, 3):
+        record(tmp_path, f"10.0.0.1:{number}", name=f"csi-{number}")
+    found = list(doctor_nvme.paths(target("--nvme-directory", str(tmp_path))))
+    assert (asked, len(problems(found))) == ([["10.0.0.1:1", "10.0.0.1:2", "10.0.0.1:3"]], 3)
 
 
 def test_a_volume_that_another_node_has_is_a_warning_and_its_addresses_are_not_tried(tmp_path: Path) -> None:
