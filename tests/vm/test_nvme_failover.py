@@ -150,6 +150,7 @@ def test_a_node_that_was_cut_off_gives_up_its_writes_and_can_have_the_volume_aga
     found = second.read(volume.target)
     assert_kept(found, taken_over, second.name, before)
     leave(cluster, volume, first)
+    cluster.unmount(volume)
     cluster.move(volume, first)
     assert first.read(volume.target) == found
     cluster.end(volume)
