@@ -25,6 +25,7 @@ from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.nvme import NvmeVolumes, Refused
 from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.connectors.nvme_records import Connection
+from csi_driver.host.devices import LinuxDevices
 from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM
 from csi_driver.host.nvme_keys import NodeKeys, Registration
 from csi_driver.host.nvme_owners import Owners
@@ -332,6 +333,30 @@ def test_a_device_node_is_not_made_again_after_the_disconnect(
         patched.setattr(machine.volumes, "subsystem", lambda nqn: seen_before)
         assert not machine.volumes.place_node(record)
     assert not machine.node.exists()
+
+
+def test_a_volume_that_is_being_disconnected_or_refused_gets_neither_a_device_node_nor_a_connection(
+    machine: Machine, volume: str
+) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    record = machine.volumes.records.all()[NAME]
+    machine.node.unlink()
+    machine.volumes.records.put(replace(record, is_ending=True))
+    assert not machine.volumes.place_node(record)
+    assert not machine.node.exists()
+    machine.volumes.end_subsystem(export.nqn, soon())
+    for given_up in (replace(record, is_ending=True), replace(record, is_refused=True)):
+        machine.volumes.records.put(given_up)
+        machine.volumes.start_connect(record, record.export.paths[0]).result(WAIT_S)
+        assert machine.volumes.sysfs.find(export.nqn) is None
+
+
+def test_a_refusal_does_not_count_while_a_path_is_live(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    machine.volumes.mark_refused(machine.volumes.records.all()[NAME])
+    assert machine.io_enabled()
+    assert not machine.status().preempted
 
 
 # --- refused ---
@@ -755,6 +780,20 @@ def test_a_connection_without_a_record_is_an_orphan_and_ends_as_one(machine: Mac
     assert machine.keeper.states().orphans == 1
     machine.volumes.end_subsystem(orphan.nqn, soon())
     assert machine.keeper.orphans() == ()
+
+
+def test_an_orphan_whose_device_is_claimed_stays_connected(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    devices = LinuxDevices(machine.devices, machine.directory / "status", keeper=machine.keeper)
+    machine.volumes.records.remove(NAME)
+    (orphan,) = devices.orphans()
+    claim = os.open(machine.node, os.O_RDONLY | os.O_EXCL)
+    assert not devices.remove_orphan(orphan, deadline=soon())
+    assert devices.orphans() == (orphan,)
+    os.close(claim)
+    assert devices.remove_orphan(orphan, deadline=soon())
+    assert devices.orphans() == ()
+    assert not machine.node.exists()
 
 
 def test_a_connection_of_another_pool_is_no_orphan(machine: Machine, volume: str) -> None:

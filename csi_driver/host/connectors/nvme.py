@@ -337,7 +337,7 @@ class NvmeVolumes:
 
     def _require_unclaimed(self, record: Connection) -> None:
         subsystem = self.subsystem(record.export.nqn)
-        if subsystem is None or record.is_refused or not any(each.is_usable for each in subsystem.controllers):
+        if subsystem is None or not any(each.is_usable for each in subsystem.controllers):
             return  # nothing is lost any more, or to open the device could hang
         for head in subsystem.heads:
             if block_devices.is_number_claimed(head.number, self._device_root):

@@ -383,6 +383,17 @@ def test_a_connection_without_a_record_is_ended_by_the_second_sweep(node: FakeNo
     assert node.host.orphans == []
 
 
+def test_a_device_with_a_reader_whose_record_was_lost_stays_connected(node: FakeNode) -> None:
+    """A loop device over it does not claim it, and has another number."""
+    given = exported(node)
+    node.stage(context=given, access=BLOCK)
+    node.publish(context=given, access=BLOCK, read_only=True)
+    del node.host.connections[NAME]
+    node.host.orphans = [NvmeOrphan(export().nqn, node.host.disks[NAME].number)]
+    assert Kind.ORPHAN not in [*sweep(node), *sweep(node)]
+    assert len(node.host.orphans) == 1
+
+
 def test_a_mounted_device_whose_record_was_lost_stays_connected(node: FakeNode) -> None:
     node.stage(context=exported(node))
     del node.host.connections[NAME]
