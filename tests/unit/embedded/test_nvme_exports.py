@@ -56,11 +56,13 @@ class Storage:
         self.kernel = kernel or NvmeKernel()
         self.clock = HandClock()
         self.loops = FakeLoopDevices()
+        self.drained_within_s = 30.0
         self.settings = settings_in(directory, export=export, export_addresses=addresses)
         self.manager = self.started()
 
     def started(self, settings: StorageSettings | None = None) -> Manager:
-        target = NvmeTarget(self.kernel.configfs, self.kernel.connections, drained_within_s=0.05)
+        within_s = self.drained_within_s
+        target = NvmeTarget(self.kernel.configfs, self.kernel.connections, drained_within_s=within_s)
         return Manager(settings or self.settings, self.loops, None, FakeReflinks(), None, None, target, self.clock)
 
     def restart(self, settings: StorageSettings | None = None) -> None:
@@ -262,6 +264,8 @@ def test_a_connection_without_a_host_keeps_no_volume(storage: Storage) -> None:
 
 
 def test_a_drive_that_does_not_answer_holds_up_no_other_volume(storage: Storage) -> None:
+    storage.drained_within_s = 1.0
+    storage.restart()
     storage.manager.save("other")
     lost = {volume: storage.connect_new("worker", volume) for volume in ("data", "other")}
     answer = storage.kernel.hanging[lost["data"].nqn] = threading.Event()
