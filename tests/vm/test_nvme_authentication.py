@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_driver.nvme_model import host_nqn, new_dhchap_key, split_path
+from csi_driver.nvme_model import host_nqn, host_uuid, new_dhchap_key, split_path
 from csi_driver.rpc.client import CallFailed
 from tests.contract.raw_nvme_host import RawHost
 from tests.integration.rig import MIB, digest, fill, raw_block, wait_for
@@ -36,7 +36,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NvmeRig]:
         )
         try:
             rig.start()
-            wait_for((place / "d/pool/keys" / f"{NODE}.json").exists, "the node to register its key")
+            wait_for((place / "d/pool/keys" / f"{host_uuid(NODE)}.json").exists, "the node to register its key")
             yield rig
         finally:
             print(rig.logs())
