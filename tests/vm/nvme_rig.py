@@ -44,7 +44,7 @@ class NvmeRig(Rig):
         exports = [word for address in addresses for word in ("--export-address", address)]
         self.argv: dict[str, tuple[str, ...]] = {
             "storage": (
-                *("storage", "--pool", str(directory / "pool"), "--size", "4GiB", "--overcommit"),
+                *("storage", "--pool", str(directory / "pool"), "--size", "64GiB", "--overcommit"),
                 *("--client", f"this-machine={directory / 'loops'}", "--listen", f"127.0.0.1:{port}"),
                 *("--export", "nvme-tcp", "--export-ports", f"{LOW}-{HIGH}", *exports, *storage_flags),
             ),
@@ -56,7 +56,8 @@ class NvmeRig(Rig):
                 *("node", "--endpoint", str(directory / "node.sock"), "--node-name", NODE, "--volume-health"),
                 *("--device-directory", str(directory / "dev"), "--status-directory", str(directory / "proc")),
                 *("--state-directory", str(directory / "state"), "--path-root", str(directory)),
-                *("--path-root", str(self.paths), "--nvme-directory", str(self.nvme_directory), *node_flags),
+                *("--path-root", str(self.paths), "--nvme-directory", str(self.nvme_directory)),
+                *("--reconcile-interval", "5", *node_flags),
             ),
         }
         self._roles: dict[str, subprocess.Popen[bytes]] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,8 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.node.reconcile import Kind
 from csi_driver.rpc.client import CallFailed
-from tests.integration.rig import GIB, MIB, START_TIMEOUT_S, digest, filesystem_size, fill, raw_block, wait_for
+from tests.integration.rig import (
+    GIB,
+    MIB,
+    START_TIMEOUT_S,
+    Volume,
+    digest,
+    filesystem_size,
+    fill,
+    raw_block,
+    wait_for,
+)
 from tests.integration.test_nvme_cluster import UNKNOWN_NODE
 from tests.reflink_pool import XFS, mounted
 from tests.sanity import test_csi_sanity as sanity
@@ -218,6 +228,19 @@ def test_exports_that_a_reboot_of_the_storage_machine_lost_come_back_under_a_wri
 # --- fences and orphans ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def other(rig: NvmeRig) -> Iterator[Volume]:
+    """A connection with a record: only those to a pool that the node knows count as orphans."""
+    volume = rig.volume(raw_block(), size=64 * MIB)
+    volume.attach()
+    volume.stage()
+    yield volume
+    volume.unstage()
+    volume.detach()
+    volume.delete()
+
+
+@pytest.mark.usefixtures("other")
 def test_an_orphaned_controller_is_removed(rig: NvmeRig) -> None:
     volume = rig.volume(raw_block(), size=64 * MIB)
     volume.attach()
@@ -234,15 +257,12 @@ def test_an_orphaned_controller_is_removed(rig: NvmeRig) -> None:
     volume.delete()
 
 
-def test_an_orphan_in_use_is_kept(rig: NvmeRig) -> None:
+def test_an_orphan_in_use_is_kept(rig: NvmeRig, other: Volume) -> None:
     volume = rig.volume(raw_block(), size=64 * MIB)
     volume.attach()
     volume.stage()
     nqn = volume.publish_context["nvme.nqn"]
-    (head,) = [
-        path.name for path in Path("/sys/block").glob("nvme*n*") if nvme_rig.read(path / "uuid") in nqn.split(":")
-    ]
-    descriptor = os.open(f"/dev/{head}", os.O_RDONLY | os.O_EXCL)
+    descriptor = os.open(volume.device, os.O_RDONLY | os.O_EXCL)
     try:
         rig.end_role("node")
         (record,) = rig.nvme_directory.glob(f"{volume.short}*")
@@ -251,7 +271,11 @@ def test_an_orphan_in_use_is_kept(rig: NvmeRig) -> None:
         rig.begin("node")
         rig.await_ready("node")
         log = rig.log_of("node")
-        wait_for(lambda: re.search(r"orphan", log.read_text(), re.IGNORECASE), "the orphan to be reported")
+        wait_for(lambda: f"{nqn}: {Kind.ORPHAN.value}" in log.read_text(), "the orphan to be reported")
+        # It is found later, and so it is removed after the first one could have been.
+        (record_of_other,) = rig.nvme_directory.glob(f"{other.short}*")
+        record_of_other.unlink()
+        wait_for(lambda: not controllers(other.publish_context["nvme.nqn"]), "the other orphan to be removed")
         rig.end_role("node")
         assert set(controllers(nqn).values()) == {"live"}
         record.write_bytes(kept)
