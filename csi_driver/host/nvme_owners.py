@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +40,18 @@ class Owners:
     def sweep(self, exists: Callable[[str], bool], present: Collection[str]) -> None:
         """Remove this driver's marks of controllers that are gone."""
         try:
-            for name in set(os.listdir(self.directory)).difference(present):
-                place = self.directory / name
-                if (place / _OWNER).read_text() == _OWN and not exists(name):
-                    shutil.rmtree(place)
+            gone = set(os.listdir(self.directory)).difference(present)
         except FileNotFoundError:
-            pass
-        except OSError as problem:
-            _LOG.warning("marks of earlier connections are left in %s: %s", self.directory, problem)
+            return
+        for name in gone:
+            place = self.directory / name
+            try:
+                if (place / _OWNER).read_text() == _OWN and not exists(name):
+                    for draft in place.glob(f".{_OWNER}.*"):
+                        draft.unlink(missing_ok=True)
+                    (place / _OWNER).unlink(missing_ok=True)
+                    place.rmdir()  # never what another program has put there
+            except FileNotFoundError:
+                continue
+            except OSError as problem:
+                _LOG.warning("the mark of an earlier connection is left in %s: %s", place, problem)
