@@ -113,7 +113,7 @@ def _free_in(
 
 @dataclass(slots=True)
 class SpaceWatch:
-    """Reports a zone most of whose space is promised to volumes, and the end of that."""
+    """Reports a zone when most of its space is promised to volumes, and the end of that."""
 
     reporter: Reporter
     _scarce: set[str] = field(default_factory=set)

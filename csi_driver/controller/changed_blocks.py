@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GetMetadataAllocated and GetMetadataDelta: what a snapshot holds, and what changed since an earlier one.
+"""GetMetadataAllocated and GetMetadataDelta: blocks that a snapshot holds, and that changed since an earlier one.
 
 Offsets are those of the device that a pod sees: behind the LUKS header of an encrypted volume.
 """

@@ -304,7 +304,7 @@ class _Call:
 
     def _record_history(self, management: Management, volume: Volume, origin: Origin, *, is_new: bool) -> None:
         history = history_after_copy(management, origin, deadline=self.deadline)
-        # An existing volume may have been returned by another call meanwhile, and attached: keep what that recorded.
+        # An existing volume may have been returned by another call meanwhile, and attached: keep its record.
         latest = volume if is_new else management.volume(volume.name, deadline=self.deadline)
         if latest is None or latest.uuid != volume.uuid:
             raise OperationPending(f"volume {volume.name} was deleted while being created; retry")

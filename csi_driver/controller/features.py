@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the storage of each zone offers beside volumes, and whether any management answers."""
+"""Features that the storage of each zone offers in addition to volumes, and whether any management answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ZoneFeatures:
     clusters: Clusters
     pool: ZonePool = ZONE_POOL
     _told: dict[str, tuple[Management, Features]] = field(default_factory=dict)
-    """A zone whose settings changed has another client and maybe another engine: that one has not told anything yet."""
+    """A zone with changed settings has a new client, and maybe another engine, of which nothing is known yet."""
 
     def learn(self, zone: str, *, deadline: Deadline) -> tuple[Management, Features]:
         """Ask the management of a zone."""
@@ -67,7 +67,7 @@ class ZoneFeatures:
         answers, zones = self._answers(deadline), sorted(self.clusters.zones())
         silent = [zone for zone in zones if zone not in answers]
         if silent:
-            raise StorageUnavailable(f"unknown what the storage offers: no response of zone {', '.join(silent)}")
+            raise StorageUnavailable(f"features of the storage are unknown: no response of zone {', '.join(silent)}")
         found = {zone: answers[zone][0] for zone in zones if getattr(answers[zone][1], feature)}
         if not found:
             raise NotOffered("; ".join(_refusal(feature, zone, answers[zone][1]) for zone in zones))
@@ -88,7 +88,7 @@ class ZoneFeatures:
         raise (PreconditionFailed if may_be else NotOffered)(_refusal(feature, zone, features))
 
     def _answers(self, deadline: Deadline) -> dict[str, tuple[Management, Features]]:
-        """Return what the zones told, now or before, without those that are silent."""
+        """Return the latest answers of the zones, without the zones that never answered."""
         zones = self.clusters.zones()
 
         def learn(zone: str) -> None:

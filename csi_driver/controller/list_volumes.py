@@ -78,7 +78,7 @@ def zones_from(zones: Sequence[str], start: Position | None, token: str) -> list
 
 
 def each_after(after: str, page: int, listed: Callable[..., Iterator[T]]) -> Iterator[T]:
-    """Yield the objects of a zone with names above `after`, sorted by name; with a size of pages no more than needed.
+    """Yield the objects of a zone with names above `after`, sorted by name; with a size of pages, only those needed.
 
     `listed`: returns up to `limit` objects above `after`.
     """
@@ -127,7 +127,7 @@ class ListVolumes:
         with_devices: bool,
         deadline: Deadline,
     ) -> str:
-        """Add one page; `with_devices`: of clients that have what they report of devices."""
+        """Add one page; `with_devices`: of clients that have their reports of devices."""
         size, last = 0, ("", "", "")
         entries = self._entries(starting_token, max_entries, with_devices=with_devices, deadline=deadline)
         for count, (zone_mark, handle_mark, listed, volume, clients) in enumerate(entries):

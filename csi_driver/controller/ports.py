@@ -127,7 +127,7 @@ class Management(Protocol):
     def clients(self, *, with_devices: bool = True, deadline: Deadline) -> list[Client]:
         """Return all clients with their attachments. O(attachments): for lists, not for calls about one volume.
 
-        What they report of devices is as much again, and costs a newer server a second query of its database.
+        Their reports of devices are as much again, and cost a newer server a second query of its database.
         """
 
     def clients_holding(self, volume_uuid: str, *, deadline: Deadline) -> list[Client]:

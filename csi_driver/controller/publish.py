@@ -248,7 +248,7 @@ class _Call:
         return volume
 
     def _lacks(self) -> str:
-        """Return what the attachment lacks to be used, "" if nothing."""
+        """Return the part that the attachment lacks to be used, "" if none."""
         desired = self._desired()
         if desired is None or desired.is_detaching or self.located.reference not in desired.references:
             name = self.located.volume.name

@@ -2,7 +2,7 @@
 """CreateSnapshot, DeleteSnapshot, ListSnapshots and GetSnapshot.
 
 A snapshot's id is `zone:name:uuid`, its name in the storage a hash of its CSI name: so a name is one snapshot in a
-zone, whatever call or controller cuts it, and an id never means a later snapshot of the same name.
+zone, from any call and any controller, and an id never means a later snapshot of the same name.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Snapshots:
         return described(source.zone, snapshot)
 
     def _of_deleted(self, name: str, source_volume_id: str, *, deadline: Deadline) -> CutSnapshot | None:
-        """Return the snapshot of this name whose volume was deleted after the cut."""
+        """Return the snapshot of this name if its volume was deleted after the cut."""
         handle = VolumeHandle.parse(source_volume_id)
         for zone in zones_of(self.clusters, handle) if handle is not None else ():
             management = self.features.find(zone, "snapshots", deadline=deadline)
@@ -197,7 +197,7 @@ class Snapshots:
 def elsewhere(
     features: ZoneFeatures, zone: str, named: Callable[[Management], T | None], *, deadline: Deadline
 ) -> Iterator[tuple[str, T]]:
-    """Yield what other zones have of a name. Zones that do not answer at once are not waited for."""
+    """Yield the snapshots of a name in other zones. Zones that do not answer at once are not waited for."""
 
     def in_zone(zone: str) -> T | None:
         management = features.find(zone, "snapshots", deadline=deadline)

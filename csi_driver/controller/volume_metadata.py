@@ -33,9 +33,9 @@ _SOURCE_KINDS = {kind.value: kind for kind in SourceKind}
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a volume was made from. `uuid`: of the source. `history`: of its content at the cut, None = not read yet.
+    """The source of a volume. `uuid`: of the source. `history`: of its content at the cut, None = not read yet.
 
-    `ancestors`: uuids of the volumes that it descends from, whose filesystem or LUKS header it may have.
+    `ancestors`: uuids of the volumes that it descends from: it may have the filesystem or LUKS header of one of them.
     """
 
     source: RequestedSource
@@ -167,7 +167,7 @@ def _is_ours(own: Mapping[str, object]) -> bool:
 
 
 def _origin(own: Mapping[str, object]) -> Origin | None:
-    """Read what a volume was made from; what another program made unreadable counts as unknown."""
+    """Read the source of a volume; a record that another program made unreadable counts as unknown."""
     if own.get("format") != _COPY_FORMAT:
         return None
     record, ancestors = _mapping(own.get("source")), own.get("inherited")

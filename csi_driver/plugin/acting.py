@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on one volume: who holds it, what a format would destroy, whether its node is lost."""
+"""Commands on one volume: its holders, the data that a format would destroy, whether its node is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Target:
         claim = objects.one("PersistentVolumeClaim", name)
         pv = objects.one("PersistentVolume", dig(claim, "spec", "volumeName") or (name if claim is None else ""))
         if claim is not None and pv is None:
-            raise NotFound(f"claim {namespace}/{name} has no PersistentVolume: kubectl nvmesh why {name} says why")
+            raise NotFound(f"claim {namespace}/{name} has no PersistentVolume: kubectl nvmesh why {name} explains it")
         if pv is None:
             pv = next((each for each in objects.all("PersistentVolume") if _handle(each) == name), None)
         if pv is None and ":" not in name:
@@ -146,7 +146,7 @@ def describe(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def loss(target: Target, volume: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a format would destroy. Raises `PreconditionFailed` while pods use the volume."""
+    """Yield the data that a format would destroy. Raises `PreconditionFailed` while pods use the volume."""
     if "error" in volume:
         raise PreconditionFailed(str(volume["error"]))
     if target.pods:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case of `kubectl nvmesh why`: a claim with its objects, what is found about it, and the documents' advice."""
+"""A case of `kubectl nvmesh why`: a claim with its objects, the findings about it, and the documents' advice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from csi_driver.plugin.volumes import attachments_of, pods_by_claim
 MOUNTING = ("ContainerCreating", "PodInitializing", "")
 _RPC_ERROR = re.compile(r"rpc error: code = (\w+) desc = (.*)", re.DOTALL)
 _OWN_PIECE = 8
-"""Letters from which a constant piece of a message tells it from others."""
+"""Least length of a constant piece that distinguishes a message from others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def _time_of(event: Document) -> str:
     return str(last or dig(event, "metadata", "creationTimestamp") or "")
 
 
-# --- what the documents say about a message ------------------------------------------------------------
+# --- advice of the documents on a message --------------------------------------------------------------
 
 
 @cache

@@ -45,6 +45,6 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
 
 
 def diagnose(*cases: Case) -> Sequence[Finding]:
-    """Return everything that is wrong, the first cause first; what is unknown comes last."""
+    """Return every problem, the first cause first; unknown states come last."""
     found = [finding for case in cases for check in CHECKS for finding in check(case)]
     return sorted(dict.fromkeys(found), key=lambda each: not each.is_wrong)

@@ -51,7 +51,7 @@ def is_ready(document: Document) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objects:
-    """Documents by kind. `gaps`: what could not be read, and why."""
+    """Documents by kind. `gaps`: objects that could not be read, and why."""
 
     documents: tuple[Document, ...] = ()
     gaps: tuple[str, ...] = ()

@@ -67,9 +67,7 @@ def plan(facts: Facts) -> Plan:
     if facts.attachment is None:
         return _without_attachment(facts, holders)
     if is_terminating(facts.attachment):
-        return Plan(
-            "its VolumeAttachment is being deleted: wait for the driver, kubectl nvmesh why says what it waits for"
-        )
+        return Plan("its VolumeAttachment is being deleted: wait for the driver; kubectl nvmesh why names the reason")
     if facts.node is None:
         return _delete_attachment(facts)
     if not holders:

@@ -79,7 +79,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     asking.add_argument("-n", "--namespace", default="", help="Default: that of the context.")
     asking.add_argument("-o", "--output", choices=("text", "json"), default="text")
     asking.set_defaults(run=_why)
-    checking = commands.add_parser("doctor", help="Show what the doctor finds in the driver's pods; write a bundle.")
+    checking = commands.add_parser("doctor", help="Show the doctor's findings in the driver's pods; write a bundle.")
     checking.add_argument("--bundle", metavar="FILE", help="Write a support bundle (tar.gz) without secrets.")
     checking.add_argument(
         "--unsearched", action="store_true", help="Write it even if pods that do not run cannot search it for secrets."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a claim until it has a volume. Each function looks at the documents of a case alone."""
+"""Problems of a claim until it has a volume. Each function looks at the documents of a case alone."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def not_scheduled(case: Case) -> Iterator[Finding]:
 
 
 def _capacity(case: Case) -> str:
-    """Say what CSIStorageCapacity has for the class."""
+    """Describe the CSIStorageCapacity of the class."""
     if case.storage_class is None or is_unread(case, "csistoragecapacities"):
         return ""
     name, wanted = name_of(case.storage_class), dig(case.claim, "spec", "resources", "requests", "storage")
@@ -309,7 +309,7 @@ def _fits(node: Document, terms: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def no_answer_yet(case: Case) -> Iterator[Finding]:
-    """A claim that the provisioner should have answered, and no event says why not."""
+    """A claim that the provisioner should have answered, without an event that has a reason."""
     if not case.is_pending or case.claim is None or not case.driver.pods or dig(case.claim, "spec", "volumeName"):
         return
     if is_unread(case, "events"):

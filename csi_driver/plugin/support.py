@@ -54,7 +54,7 @@ class Support:
         return driver, [*driver.of("controller"), *driver.of("storage"), *nodes]
 
     def findings(self, driver: Driver, pods: Iterable[Document]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield what the doctor finds in each pod, with the pod's name."""
+        """Yield the doctor's findings in each pod, with the pod's name."""
         for pod in pods:
             found = self._doctor(driver, pod)
             self.files[f"pods/{name_of(pod)}/doctor.json"] = _json(bundle.redact(found))
@@ -244,7 +244,7 @@ def _some(document: Document, *keys: str) -> Document:
 
 
 def cases(objects: Objects, driver: Driver, storage: Mapping[str, Any]) -> Iterator[Case]:
-    """Yield a case for each claim, with what the storage's list has of its volume."""
+    """Yield a case for each claim, with its volume's entry in the storage's list."""
     index = by_handle(storage.get("volumes", ()))
     groups: dict[object, list[Document]] = {}
     for each in objects.documents:

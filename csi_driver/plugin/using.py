@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a volume in use. Each function looks at the documents of a case alone."""
+"""Problems of a volume in use. Each function looks at the documents of a case alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def storage_faults(case: Case) -> Iterator[Finding]:
     subject = f"volume {case.volume['name']}"
     for fault in case.volume["faults"]:
         if fault["reason"] == "NodeDown":
-            continue  # `lost_node` says what to do
+            continue  # `lost_node` has the action
         yield Finding(
             subject,
             f"{fault['reason']}: {fault['message']}",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kubectl nvmesh why`: read the documents around a claim or pod, and show what is found.
+"""`kubectl nvmesh why`: read the documents around a claim or pod, and show the problems.
 
-What is wrong is decided in `csi_driver.plugin.diagnoses`, from the documents alone.
+The problems are found in `csi_driver.plugin.diagnoses`, from the documents alone.
 """
 
 from __future__ import annotations
