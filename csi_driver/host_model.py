@@ -101,37 +101,11 @@ class StorageClient:
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectOptions:
-    """How this node connects a volume by NVMe/TCP; 0 = the connector's default.
-
-    `io_timeout_s`: for so long I/O waits for a storage machine without any path, then it fails.
-    """
-
-    io_queues: int = 0
-    io_timeout_s: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class NvmeOrphan:
     """A connection of this node to one of our subsystems that no record names; `number`: its device, if it has one."""
 
     nqn: str
     number: DeviceNumber | None
-
-
-@dataclass(frozen=True, slots=True)
-class NvmeStates:
-    """Figures of the volumes that this node connects by NVMe/TCP; the last three count since the start.
-
-    `volumes`: ready, no_path (I/O waits), fenced. `paths`: by the kernel's state, or missing where there is none.
-    """
-
-    volumes: Mapping[str, int]
-    paths: Mapping[str, int]
-    orphans: int
-    reconnects: int
-    failovers: int
-    requeued_io: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,86 +148,6 @@ def uuid_of_label(label: str) -> str | None:
     """Return the volume uuid at the beginning of a loop device's label; None for labels of other programs."""
     uuid = label.partition("/")[0]
     return uuid.lower() if is_uuid(uuid) else None
-
-
-@dataclass(frozen=True, slots=True)
-class TargetExport:
-    """A file that the kernel's NVMe target offers as namespace 1 of a subsystem; equal when nothing is to be done.
-
-    `port` is a TCP port of this export alone, at each of `addresses` in order of preference. `hosts`: NQNs of those
-    that may connect. `is_enabled`: the namespace is; `is_linked`: hosts can connect. In another ANA group than 1 its
-    I/O is held.
-    """
-
-    nqn: str
-    uuid: str
-    file: Path
-    port: int
-    addresses: tuple[str, ...]
-    hosts: frozenset[str]
-    is_enabled: bool = True
-    is_linked: bool = True
-    group: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ExportCounts:
-    """`waiting`: exports that attachments lack. `connections`: of nodes; `ports_free`: for new attachments."""
-
-    exported: int
-    waiting: int
-    connections: int
-    ports_free: int
-
-
-@dataclass(frozen=True, slots=True)
-class HostKeys:
-    """DH-HMAC-CHAP keys of a host, as `DHHC-1:...`: its own one, and the one by which the target proves itself."""
-
-    host: str = field(repr=False)
-    controller: str = field(default="", repr=False)
-
-
-class SocketState(Enum):
-    """State of a TCP connection; the numbers are the kernel's (include/net/tcp_states.h)."""
-
-    ESTABLISHED = 1
-    SYN_SENT = 2
-    SYN_RECEIVED = 3
-    FIN_WAIT1 = 4
-    FIN_WAIT2 = 5
-    TIME_WAIT = 6
-    CLOSE = 7
-    CLOSE_WAIT = 8
-    LAST_ACK = 9
-    LISTEN = 10
-    CLOSING = 11
-    NEW_SYN_RECEIVED = 12
-
-
-_CONNECT_BYTES = 128 + 72 + 1024
-"""What a host sends at least before it can do I/O: the opening of the connection, and the Connect command."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """A TCP connection to a local port. `is_owned`: the target has not given its socket back, so I/O may be running.
-
-    `received_bytes`: from the peer, and `silent_s`: the time since; None = unknown.
-    """
-
-    port: int
-    peer: str
-    state: SocketState
-    is_owned: bool = True
-    received_bytes: int | None = None
-    silent_s: float | None = None
-
-    @property
-    def is_live(self) -> bool:
-        """Whether a host has it. The target keeps one that sends nothing for ever: a monitor's, or a dead machine's."""
-        is_host = self.received_bytes is None or self.received_bytes >= _CONNECT_BYTES
-        return self.state is SocketState.ESTABLISHED and is_host
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVMe over TCP: how a node reaches an exported volume, the names of host and subsystem, and their keys."""
+"""NVMe over TCP: exports and connections of volumes, the names of host and subsystem, and their keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import re
 import secrets
 import uuid
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
 
 BLOCK_BYTES = (512, 4096)
 _NQN_LIMIT_BYTES = 223
@@ -25,7 +28,7 @@ KEEP_ALIVE_S = 5
 
 @dataclass(frozen=True, slots=True)
 class NvmeExport:
-    """A volume that is exported over NVMe/TCP: what a node needs in order to connect.
+    """An exported volume, as a node needs it in order to connect.
 
     `paths`: the portals in order of preference, as "10.0.0.1:23001" or "[fd00::1]:23001".
     """
@@ -50,7 +53,7 @@ class NvmeExport:
 
     @property
     def problem(self) -> str:
-        """What is wrong with the values, "" if nothing. They become options of one line that the kernel parses."""
+        """The first wrong value, "" if none. The values become options of one line that the kernel parses."""
         if not is_nqn(self.nqn):
             return f"expected the NQN of a subsystem, got {self.nqn!r:.300}"
         if not 1 <= len(self.paths) <= _MOST_PATHS:
@@ -94,7 +97,7 @@ def host_nqn(node_id: str) -> str:
 def subsystem_nqn(pool_uuid: str, volume_uuid: str, token: str) -> str:
     """Return the NQN of one attachment of a volume. No later attachment has its `token`.
 
-    A node that was cut off reconnects by itself when it can, and writes out what it has queued. It must not reach the
+    A node that was cut off reconnects by itself when it can, and writes out its queued I/O. It must not reach the
     volume of a later attachment, not even of its own: the volume may have been on another node meanwhile.
     """
     return f"{SUBSYSTEM_PREFIX}:{pool_uuid}:{volume_uuid}:{token}"
@@ -132,3 +135,109 @@ def is_dhchap_key(text: str) -> bool:
 
 def _crc(secret: bytes) -> bytes:
     return zlib.crc32(secret).to_bytes(_CRC_BYTES, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectOptions:
+    """How this node connects a volume by NVMe/TCP; 0 = the connector's default.
+
+    `io_timeout_s`: for so long I/O waits for a storage machine without any path, then it fails.
+    """
+
+    io_queues: int = 0
+    io_timeout_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeStates:
+    """Figures of the volumes that this node connects by NVMe/TCP; the last three count since the start.
+
+    `volumes`: ready, no_path (I/O waits), fenced. `paths`: by the kernel's state, or missing where there is none.
+    """
+
+    volumes: Mapping[str, int]
+    paths: Mapping[str, int]
+    orphans: int
+    reconnects: int
+    failovers: int
+    requeued_io: int
+
+
+@dataclass(frozen=True, slots=True)
+class TargetExport:
+    """A file that the kernel's NVMe target offers as namespace 1 of a subsystem; equal when nothing is to be done.
+
+    `port` is a TCP port of this export alone, at each of `addresses` in order of preference. `hosts`: NQNs of those
+    that may connect. `is_enabled`: the namespace is; `is_linked`: hosts can connect. In another ANA group than 1 its
+    I/O is held.
+    """
+
+    nqn: str
+    uuid: str
+    file: Path
+    port: int
+    addresses: tuple[str, ...]
+    hosts: frozenset[str]
+    is_enabled: bool = True
+    is_linked: bool = True
+    group: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCounts:
+    """`waiting`: exports that attachments lack. `connections`: of nodes; `ports_free`: for new attachments."""
+
+    exported: int
+    waiting: int
+    connections: int
+    ports_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostKeys:
+    """DH-HMAC-CHAP keys of a host, as `DHHC-1:...`: its own one, and the one by which the target proves itself."""
+
+    host: str = field(repr=False)
+    controller: str = field(default="", repr=False)
+
+
+class SocketState(Enum):
+    """State of a TCP connection; the numbers are the kernel's (include/net/tcp_states.h)."""
+
+    ESTABLISHED = 1
+    SYN_SENT = 2
+    SYN_RECEIVED = 3
+    FIN_WAIT1 = 4
+    FIN_WAIT2 = 5
+    TIME_WAIT = 6
+    CLOSE = 7
+    CLOSE_WAIT = 8
+    LAST_ACK = 9
+    LISTEN = 10
+    CLOSING = 11
+    NEW_SYN_RECEIVED = 12
+
+
+_CONNECT_BYTES = 128 + 72 + 1024
+"""A host sends at least so much before it can do I/O: the opening of the connection, and the Connect command."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A TCP connection to a local port. `is_owned`: the target has not given its socket back, so I/O may be running.
+
+    `received_bytes`: from the peer, and `silent_s`: the time since; None = unknown.
+    """
+
+    port: int
+    peer: str
+    state: SocketState
+    is_owned: bool = True
+    received_bytes: int | None = None
+    silent_s: float | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a host has it. The target keeps one that sends nothing for ever: a monitor's, or a dead machine's."""
+        is_host = self.received_bytes is None or self.received_bytes >= _CONNECT_BYTES
+        return self.state is SocketState.ESTABLISHED and is_host

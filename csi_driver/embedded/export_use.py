@@ -9,8 +9,7 @@ from enum import Enum
 
 from csi_driver.deadline import Clock
 from csi_driver.embedded.clients import Pair
-from csi_driver.host_model import Connection, SocketState
-from csi_driver.nvme_model import KEEP_ALIVE_S
+from csi_driver.nvme_model import KEEP_ALIVE_S, Connection, SocketState
 
 SILENT_S = 15.0
 """Time without a connection after which a node counts as dead or cut off. It reconnects every 2 s."""

@@ -16,8 +16,7 @@ from pathlib import Path
 from csi_driver.embedded.requests import Unusable
 from csi_driver.embedded.sessions import Password, write_secret
 from csi_driver.errors import HostFailure
-from csi_driver.host_model import HostKeys
-from csi_driver.nvme_model import host_uuid, new_dhchap_key
+from csi_driver.nvme_model import HostKeys, host_uuid, new_dhchap_key
 
 
 class KeysUnreadable(HostFailure):

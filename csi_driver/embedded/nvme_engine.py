@@ -36,8 +36,7 @@ from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import LOOP, NVME_TCP, NvmeTarget, StorageSettings
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed, SystemCallFailed
-from csi_driver.host_model import ExportCounts, HostKeys, TargetExport
-from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
+from csi_driver.nvme_model import ExportCounts, HostKeys, NvmeExport, TargetExport, host_nqn, subsystem_nqn
 
 _log = logging.getLogger(__name__)
 

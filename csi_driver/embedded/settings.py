@@ -32,7 +32,8 @@ from csi_driver.flags import (
     repeatable,
     required,
 )
-from csi_driver.host_model import Connection, Extent, HostKeys, LoopDevice, TargetExport
+from csi_driver.host_model import Extent, LoopDevice
+from csi_driver.nvme_model import Connection, HostKeys, TargetExport
 from csi_driver.settings import DEVICE_DIRECTORY, NODE_NAME, OVERCOMMIT, PREALLOCATE
 
 MIB = 1 << 20

@@ -28,16 +28,9 @@ from csi_driver.host.connectors import device_mapper, loop, nvmesh
 from csi_driver.host.connectors.nvmesh import DeviceEvidence
 from csi_driver.host.mount_table import openers
 from csi_driver.host.syscalls import closing, open_file, system_call
-from csi_driver.host_model import (
-    ConnectOptions,
-    Device,
-    DeviceNumber,
-    NvmeOrphan,
-    OpenDevice,
-    StorageClient,
-    VolumeStatus,
-)
+from csi_driver.host_model import Device, DeviceNumber, NvmeOrphan, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
+from csi_driver.nvme_model import ConnectOptions
 
 if TYPE_CHECKING:
     from csi_driver.host.connectors.nvme_paths import PathKeeper

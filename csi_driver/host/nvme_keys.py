@@ -22,8 +22,7 @@ from urllib.parse import urlsplit
 
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.host.syscalls import closing, system_call
-from csi_driver.host_model import HostKeys
-from csi_driver.nvme_model import is_dhchap_key, new_dhchap_key
+from csi_driver.nvme_model import HostKeys, is_dhchap_key, new_dhchap_key
 
 _LOG = logging.getLogger(__name__)
 _FILE = "nvme-keys.json"

@@ -32,8 +32,7 @@ from csi_driver.errors import (
 from csi_driver.host import sock_diag, syscalls
 from csi_driver.host.processes import run
 from csi_driver.host.syscalls import closing, read_file, system_call
-from csi_driver.host_model import Connection, HostKeys, TargetExport
-from csi_driver.nvme_model import SUBSYSTEM_PREFIX, pool_prefix
+from csi_driver.nvme_model import SUBSYSTEM_PREFIX, Connection, HostKeys, TargetExport, pool_prefix
 from csi_driver.thread_pool import Job, Pool, SharedJobs
 
 _CONFIGFS = Path("/sys/kernel/config")

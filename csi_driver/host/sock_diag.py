@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from csi_driver.host.syscalls import system_call
-from csi_driver.host_model import Connection, SocketState
+from csi_driver.nvme_model import Connection, SocketState
 
 _NETLINK_SOCK_DIAG, _BY_FAMILY, _DUMP_REQUEST = 4, 20, 0x301
 _ERROR, _DONE = 2, 3

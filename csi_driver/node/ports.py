@@ -14,7 +14,6 @@ from typing import Protocol
 
 from csi_driver.deadline import Deadline
 from csi_driver.host_model import (
-    ConnectOptions,
     Content,
     DamagedHeader,
     Device,
@@ -31,7 +30,7 @@ from csi_driver.host_model import (
     VolumeStatus,
 )
 from csi_driver.model import Capability, Usage
-from csi_driver.nvme_model import NvmeExport
+from csi_driver.nvme_model import ConnectOptions, NvmeExport
 
 
 class Devices(Protocol):

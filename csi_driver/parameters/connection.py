@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from csi_driver.host_model import ConnectOptions
+from csi_driver.nvme_model import ConnectOptions
 from csi_driver.parameters import values as read
 
 IO_QUEUES, IO_TIMEOUT = "nvme/ioQueues", "nvme/ioTimeout"

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from csi_driver.background import Background
-    from csi_driver.host_model import ExportCounts, NvmeStates
+    from csi_driver.nvme_model import ExportCounts, NvmeStates
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -21,8 +21,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.host_model import TargetExport
-from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
+from csi_driver.nvme_model import NvmeExport, TargetExport, host_nqn, subsystem_nqn
 from tests.bench.life import BLOCK, Life, new_volumes
 from tests.bench.measure import MIB, resident_mib, timed
 from tests.bench.report import Report

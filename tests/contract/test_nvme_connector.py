@@ -30,8 +30,17 @@ from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM
 from csi_driver.host.nvme_keys import NodeKeys, Registration
 from csi_driver.host.nvme_owners import Owners
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.host_model import ConnectOptions, DeviceNumber, HostKeys, TargetExport, VolumeStatus
-from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid, new_dhchap_key, subsystem_nqn
+from csi_driver.host_model import DeviceNumber, VolumeStatus
+from csi_driver.nvme_model import (
+    ConnectOptions,
+    HostKeys,
+    NvmeExport,
+    TargetExport,
+    host_nqn,
+    host_uuid,
+    new_dhchap_key,
+    subsystem_nqn,
+)
 from tests.fakes.nvme_host_kernel import HostKernel
 from tests.fakes.nvme_kernel import NvmeKernel
 

@@ -12,7 +12,7 @@ import pytest
 
 from csi_driver.errors import SystemCallFailed
 from csi_driver.host import sock_diag
-from csi_driver.host_model import Connection, SocketState
+from csi_driver.nvme_model import Connection, SocketState
 
 CONNECT = bytes(128 + 72 + 1024)
 

@@ -29,7 +29,6 @@ from csi_driver.errors import (
     SystemCallFailed,
 )
 from csi_driver.host_model import (
-    ConnectOptions,
     Device,
     DeviceNumber,
     Fault,
@@ -41,7 +40,7 @@ from csi_driver.host_model import (
     StorageClient,
     VolumeStatus,
 )
-from csi_driver.nvme_model import NvmeExport
+from csi_driver.nvme_model import ConnectOptions, NvmeExport
 from tests.fakes.disks import MIB, FakeDisk, MountEntry
 from tests.fakes.filesystems import FakeFilesystems, FakeMounts
 from tests.fakes.luks import MAPPER_DIRECTORY, FakeEncryption

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from csi_driver.host.nvme_target import Configfs
 from csi_driver.host.syscalls import system_call
-from csi_driver.host_model import Connection, SocketState
+from csi_driver.nvme_model import Connection, SocketState
 
 ROOT = Path("/sys/kernel/config/nvmet")
 _TOP = ("hosts", "ports", "subsystems")

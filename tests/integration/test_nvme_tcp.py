@@ -16,8 +16,8 @@ import pytest
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
 from csi_driver.host.connectors import loop
 from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.host_model import TargetExport
 from csi_driver.model import MIB, AccessMode, MountAccess
+from csi_driver.nvme_model import TargetExport
 from tests.audit import opened
 from tests.contract.host_machine import mounts_below
 from tests.integration.nvme_nodes import BLOCK, EXT4, Attachment, NvmeNode, Storage, Volume, storage_and_nodes

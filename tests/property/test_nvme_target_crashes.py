@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.host_model import HostKeys, TargetExport
-from csi_driver.nvme_model import host_nqn, subsystem_nqn
+from csi_driver.nvme_model import HostKeys, TargetExport, host_nqn, subsystem_nqn
 from tests.fakes.nvme_kernel import NvmeKernel
 
 ONE, OTHER = (host_nqn(name) for name in ("node-1", "node-2"))

@@ -20,8 +20,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.freeze import Freezer
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.host_model import TargetExport
-from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
+from csi_driver.nvme_model import NvmeExport, TargetExport, host_nqn, subsystem_nqn
 from tests.contract.host_machine import shell
 from tests.contract.raw_nvme_host import BLOCK_BYTES, RawHost, block, in_file
 from tests.reflink_pool import mounted

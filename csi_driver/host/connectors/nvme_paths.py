@@ -21,8 +21,8 @@ from csi_driver.host.connectors.nvme_proof import why_no_io
 from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.nvme_host import LIVE
 from csi_driver.host.nvme_owners import Owners
-from csi_driver.host_model import NvmeOrphan, NvmeStates
-from csi_driver.nvme_model import NvmeExport, host_nqn
+from csi_driver.host_model import NvmeOrphan
+from csi_driver.nvme_model import NvmeExport, NvmeStates, host_nqn
 from csi_driver.thread_pool import Job
 
 _LOG = logging.getLogger(__name__)

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from csi_driver.errors import HostFailure, SystemCallFailed
 from csi_driver.host.syscalls import closing, system_call
-from csi_driver.host_model import ConnectOptions
 from csi_driver.model import is_uuid, is_volume_name
-from csi_driver.nvme_model import NvmeExport
+from csi_driver.nvme_model import ConnectOptions, NvmeExport
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".json"

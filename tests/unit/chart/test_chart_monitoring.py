@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client import Counter, Gauge, Histogram
 
-from csi_driver.host_model import ExportCounts, NvmeStates
+from csi_driver.nvme_model import ExportCounts, NvmeStates
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric, Reading
 from tests.documents import anchors

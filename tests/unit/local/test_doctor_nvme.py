@@ -18,10 +18,9 @@ from csi_driver.config.local_commands import DoctorCommand
 from csi_driver.host.connectors.nvme_records import Connection, Records
 from csi_driver.host.nvme_host import Fabrics
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.host_model import ConnectOptions, TargetExport
 from csi_driver.local import doctor_node, doctor_nvme
 from csi_driver.local.doctor import Finding, Severity, Target
-from csi_driver.nvme_model import NvmeExport, host_nqn, subsystem_nqn
+from csi_driver.nvme_model import ConnectOptions, NvmeExport, TargetExport, host_nqn, subsystem_nqn
 from tests.fakes.nvme_kernel import NvmeKernel
 
 POOL, VOLUME = "01234567-89ab-4567-89ab-0123456789ab", "11234567-89ab-4567-89ab-0123456789ab"

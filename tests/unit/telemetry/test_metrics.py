@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from csi_driver.host_model import NvmeStates
+from csi_driver.nvme_model import NvmeStates
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import ManagementMetrics, Metric, Reading, exposition
 
