@@ -14,7 +14,7 @@ from typing import Any
 from tests.documents import ROOT, anchors, code, slug, tables, text_of
 
 ADVICE = ROOT / "csi_driver" / "plugin" / "advice.json"
-DOCUMENTS = ("docs/troubleshooting.md", "docs/fencing.md", "docs/encryption.md")
+DOCUMENTS = ("docs/troubleshooting.md", "docs/fencing.md", "docs/encryption.md", "docs/nvme-tcp.md")
 MESSAGES = ("message", "Kubernetes message", "log message")
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
 
