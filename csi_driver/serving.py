@@ -21,6 +21,7 @@ from csi_driver.rpc import services
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.contract import HEALTH, thread_pools
+from csi_driver.rpc.identity import IdentityService, ManagementReadiness, is_equipped
 from csi_driver.rpc.server import Server, Termination
 from csi_driver.settings import AttachBy, EndpointSettings
 from csi_driver.telemetry import metrics, tracing
@@ -46,7 +47,7 @@ _LOG = logging.getLogger(__name__)
 
 def serve(
     settings: EndpointSettings,
-    identity: services.IdentityService,
+    identity: IdentityService,
     own: Sequence[Service],
     background: Callable[[Boundary], AbstractContextManager[object]],
     addons: Callable[[], Sequence[Service]] = tuple,
@@ -112,7 +113,7 @@ def _run_controller(command: ControllerCommand, reporter: Reporter) -> int:
         volume_health=command.endpoint.volume_health,
         attaches=command.attach_by is AttachBy.CONTROLLER,
     )
-    ready = services.ManagementReadiness(readiness.any_answers)
+    ready = ManagementReadiness(readiness.any_answers)
     own = metrics.process(role="controller", driver_name=settings.driver_name, version=driver_version())
 
     def background(boundary: Boundary) -> AbstractContextManager[object]:
@@ -133,7 +134,7 @@ def _run_controller(command: ControllerCommand, reporter: Reporter) -> int:
                 running.enter_context(serving_status(command.status, status))
             return running.pop_all()
 
-    identity = services.IdentityService(settings.driver_name, driver_version, ready.is_ready, features)
+    identity = IdentityService(settings.driver_name, driver_version, ready.is_ready, features)
     others = services.GroupControllerService(use_cases), services.SnapshotMetadataService(use_cases)
 
     def addons() -> Sequence[Service]:
@@ -212,9 +213,9 @@ def _run_node(command: NodeCommand, reporter: Reporter) -> int:
             _register_and_report(command, use_cases, loops, measurements, running)
             return running.pop_all()
 
-    is_ready = partial(services.is_equipped, use_cases.identity.problems)
+    is_ready = partial(is_equipped, use_cases.identity.problems)
     service = services.NodeService(use_cases, volume_health=command.endpoint.volume_health)
-    identity = services.IdentityService(command.node.driver_name, driver_version, is_ready)
+    identity = IdentityService(command.node.driver_name, driver_version, is_ready)
 
     def addons() -> Sequence[Service]:
         from csi_driver.node.addons import NodeAddons

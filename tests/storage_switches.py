@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from csi_driver.embedded import server as embedded
-from csi_driver.embedded.http import answer
 from csi_driver.embedded.model import ATTACHMENTS, VOLUMES
+from csi_driver.embedded.routes import answer
 from csi_driver.embedded.server import StorageServer
 from csi_driver.embedded.settings import (
     Freezes,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from csi_driver import settings
+from csi_driver import node_settings, settings
 from csi_driver.config.command import Command, Values, build, flags_of
 from csi_driver.errors import shown
 from csi_driver.flags import (
@@ -112,8 +112,8 @@ class ControllerCommand(ClusterCommand):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeCommand(Command):
     endpoint: settings.EndpointSettings = section(settings.EndpointSettings)
-    paths: settings.NodePaths = section(settings.NodePaths)
-    node: settings.NodeSettings = section(settings.NodeSettings)
+    paths: node_settings.NodePaths = section(node_settings.NodePaths)
+    node: node_settings.NodeSettings = section(node_settings.NodeSettings)
     kubelet_endpoint: Path | None = flag(
         None,
         "--kubelet-endpoint",
@@ -124,7 +124,7 @@ class NodeCommand(Command):
     attach_by: settings.AttachBy = settings.ATTACH_BY.field()
     access: ManagementAccess = section(ManagementAccess)
     attach: settings.AttachSettings = section(settings.AttachSettings)
-    node_object: settings.NodeObjectSettings = section(settings.NodeObjectSettings)
+    node_object: node_settings.NodeObjectSettings = section(node_settings.NodeObjectSettings)
     events: bool = settings.EVENTS.field()
     api: settings.ApiSettings = section(settings.ApiSettings)
     http: settings.HttpSettings | None = settings.HTTP_LISTEN.field()
@@ -138,18 +138,20 @@ class NodeCommand(Command):
         return build(cls, values)
 
     @property
-    def registration(self) -> settings.RegistrationSettings | None:
+    def registration(self) -> node_settings.RegistrationSettings | None:
         directory, own = self.paths.registration_directory, self.endpoint.socket
         if directory is None:
             return None
-        return settings.RegistrationSettings(directory, self.node.driver_name, self.kubelet_endpoint or own, own.parent)
+        return node_settings.RegistrationSettings(
+            directory, self.node.driver_name, self.kubelet_endpoint or own, own.parent
+        )
 
     def problems(self, values: Values) -> Iterator[str]:
         if self.attach_by is settings.AttachBy.NODE:
             yield from self.access.problems()
         else:
             flags = {**flags_of(ManagementSettings), **flags_of(settings.AttachSettings)}
-            own = flags_of(settings.NodeSettings)
+            own = flags_of(node_settings.NodeSettings)
             given = ", ".join(name for name, each in flags.items() if name not in own and values.is_given(each))
             if given:
                 yield f"{given} requires --attach-by node: else the node attaches no volume itself"
@@ -189,8 +191,8 @@ class VolumeCommand(ClusterCommand):
         "", "HANDLE", read_text, f"Volume handle: volumeHandle of the PersistentVolume; not for {LIST}.", shown="none"
     )
     as_json: bool = flag(False, "--json", read_boolean, f"Print one JSON document, as {LIST} and {HOLDERS} always do.")
-    device_directory: Path = settings.DEVICE_DIRECTORY.field()
-    status_directory: Path = settings.STATUS_DIRECTORY.field()
+    device_directory: Path = node_settings.DEVICE_DIRECTORY.field()
+    status_directory: Path = node_settings.STATUS_DIRECTORY.field()
     timeout_s: float = flag(60.0, "--timeout", read_positive_duration, "Time limit.")
     access: ManagementAccess = section(ManagementAccess)
     log: LogSettings = section(LogSettings)

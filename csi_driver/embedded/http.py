@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The REST API: routes, the login, and error answers."""
+"""The REST API: the operations behind its routes, and the login."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeVar
 
-from pydantic import TypeAdapter, ValidationError, conlist
+from pydantic import ValidationError
 
-from csi_driver.embedded import documents
+from csi_driver.embedded import documents, routes
 from csi_driver.embedded.allocator import Allocator
 from csi_driver.embedded.attacher import Attacher
 from csi_driver.embedded.changed_blocks import ChangedBlocks
@@ -50,13 +48,13 @@ from csi_driver.embedded.requests import (
     NewSnapshotGroup,
     NewVolume,
     Registration,
-    RequestBody,
     SnapshotDeletion,
     SpaceReclaim,
     Unusable,
     VolumeUpdate,
     read_body,
 )
+from csi_driver.embedded.routes import Item, Route, State, answer
 from csi_driver.embedded.sessions import Sessions
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.snapshots import Snapshots
@@ -68,11 +66,7 @@ from csi_driver.http_requests import HttpRequest, HttpResponse
 from csi_driver.status_page.login import LoginLimit, network_of
 from csi_driver.telemetry import tracing
 
-_log = logging.getLogger(__name__)
-
 COOKIE = "connect.sid"
-
-_LIST_ERRORS = {"volumes": 16040, "clients": 16030}
 
 
 @dataclass(eq=False, slots=True)
@@ -94,15 +88,6 @@ class _VolumeTexts:
                 text = compact_json(project(documents.volume_document(volume)))
                 known = self._known[volume.name] = volume, text
             yield known[1]
-
-
-T = TypeVar("T")
-_Body = TypeVar("_Body")
-_Item = TypeVar("_Item", bound=RequestBody)
-_State: TypeAlias = Mapping[str, Document | None] | None
-"""The documents of a volume and a client after a change of them; a volume that is gone is None."""
-_Route: TypeAlias = Callable[[HttpRequest, list[str]], str]
-"""Takes the parts of the path at the asterisks too, and returns JSON."""
 
 
 @dataclass(eq=False)
@@ -134,36 +119,36 @@ class Api:
             ("POST", "/clients/register"): self.register,
             ("GET", "/login"): lambda _: answer(failure(1267, "Please login via the /login route.")),
         }
-        self.routes: dict[tuple[str, str], _Route] = {
-            ("GET", "/systemInfo"): _get(self.system_info),
-            ("GET", "/volumes/all/*/*"): _list(self.volume_texts),
-            ("GET", "/volumes/count"): _get(self.count_volumes),
-            ("GET", "/volumes/*"): _get(self.volume),
-            ("GET", "/clients/all/*/*"): _selected(self.client_documents, documents.client_text),
-            ("GET", "/clients/*"): _get(self.client, documents.client_text),
-            ("GET", "/servers/all/*/*"): _selected(self.target_documents),
+        self.routes: dict[tuple[str, str], Route] = {
+            ("GET", "/systemInfo"): routes.get(self.system_info),
+            ("GET", "/volumes/all/*/*"): routes.listing(self.volume_texts),
+            ("GET", "/volumes/count"): routes.get(self.count_volumes),
+            ("GET", "/volumes/*"): routes.get(self.volume),
+            ("GET", "/clients/all/*/*"): routes.selected(self.client_documents, documents.client_text),
+            ("GET", "/clients/*"): routes.get(self.client, documents.client_text),
+            ("GET", "/servers/all/*/*"): routes.selected(self.target_documents),
             # There are no drive and target classes.
-            ("GET", "/diskClasses/all/*/*"): _selected(tuple),
-            ("GET", "/serverClasses/all/*/*"): _selected(tuple),
-            ("GET", f"{groups}/getVolumesCapacityUsageByID/*"): _get(self.group_usage),
-            ("GET", f"{groups}/*"): _get(self.group),
-            ("POST", "/volumes/save"): _each(NewVolume, self.create),
-            ("POST", "/clones/save"): _each(NewClone, counted(self.clone)),
-            ("POST", "/volumes/extend"): _each(Extension, self.extend),
-            ("POST", "/volumes/update"): _each(VolumeUpdate, self.volumes.update),
-            ("POST", "/volumes/delete"): _each(Deletion, self.delete),
-            ("POST", "/volumes/reclaimSpace"): _each(SpaceReclaim, self.reclaim_space),
-            ("POST", "/volumes/initEncryption"): _each(EncryptionInit, self.encryptions.initialize),
-            ("GET", "/snapshots/all/*/*"): _list(lambda query: map(compact_json, self.snapshot_documents(query))),
-            ("GET", "/snapshots/*"): _get(self.snapshot),
+            ("GET", "/diskClasses/all/*/*"): routes.selected(tuple),
+            ("GET", "/serverClasses/all/*/*"): routes.selected(tuple),
+            ("GET", f"{groups}/getVolumesCapacityUsageByID/*"): routes.get(self.group_usage),
+            ("GET", f"{groups}/*"): routes.get(self.group),
+            ("POST", "/volumes/save"): routes.each(NewVolume, self.create),
+            ("POST", "/clones/save"): routes.each(NewClone, counted(self.clone)),
+            ("POST", "/volumes/extend"): routes.each(Extension, self.extend),
+            ("POST", "/volumes/update"): routes.each(VolumeUpdate, self.volumes.update),
+            ("POST", "/volumes/delete"): routes.each(Deletion, self.delete),
+            ("POST", "/volumes/reclaimSpace"): routes.each(SpaceReclaim, self.reclaim_space),
+            ("POST", "/volumes/initEncryption"): routes.each(EncryptionInit, self.encryptions.initialize),
+            ("GET", "/snapshots/all/*/*"): routes.listing(self.snapshot_texts),
+            ("GET", "/snapshots/*"): routes.get(self.snapshot),
             ("GET", "/snapshots/changes/*"): self.changes,
-            ("POST", "/snapshots/save"): _each(NewSnapshot, counted(self.cut)),
-            ("POST", "/snapshots/delete"): _each(SnapshotDeletion, self.delete_snapshot),
-            ("GET", "/snapshotGroups/*"): _get(self.snapshot_group),
-            ("POST", "/snapshotGroups/save"): _each(NewSnapshotGroup, counted(self.cut_group)),
-            ("POST", "/snapshotGroups/delete"): _each(SnapshotDeletion, self.delete_group),
-            ("POST", "/clients/attach"): _post(AttachRequest, self.attach),
-            ("POST", "/clients/detach"): _post(DetachRequest, self.detach),
+            ("POST", "/snapshots/save"): routes.each(NewSnapshot, counted(self.cut)),
+            ("POST", "/snapshots/delete"): routes.each(SnapshotDeletion, self.delete_snapshot),
+            ("GET", "/snapshotGroups/*"): routes.get(self.snapshot_group),
+            ("POST", "/snapshotGroups/save"): routes.each(NewSnapshotGroup, counted(self.cut_group)),
+            ("POST", "/snapshotGroups/delete"): routes.each(SnapshotDeletion, self.delete_group),
+            ("POST", "/clients/attach"): routes.post(AttachRequest, self.attach),
+            ("POST", "/clients/detach"): routes.post(DetachRequest, self.detach),
         }
 
     def respond(self, request: HttpRequest) -> HttpResponse:
@@ -182,9 +167,9 @@ class Api:
                 route = self.routes.get((request.method, pattern))
                 if route is not None and all(parts[fixed:]):
                     with tracing.received(pattern, request.headers.items, method=request.method):
-                        return answer_text(route(request, parts[fixed:]))
+                        return routes.answer_text(route(request, parts[fixed:]))
         except (Unusable, ValidationError, InvalidQuery, QueryRefused, DriverError, OSError) as error:
-            return _refused(request, error)
+            return routes.refused_answer(request, error)
         return answer({"success": False, "err": "404 (Not Found)"}, 404)
 
     def login(self, request: HttpRequest) -> HttpResponse:
@@ -248,14 +233,14 @@ class Api:
             raise ApiError(documents.VOLUME_NOT_FOUND, "Volume not found")
         return documents.volume_document(volume)
 
-    def snapshot_documents(self, query: Query) -> Iterable[Document]:
-        """Return a page of snapshots: in time for its snapshots only, if it is in the order of their ids."""
+    def snapshot_texts(self, query: Query) -> Iterable[str]:
+        """Return the JSON of a page of snapshots, as `volume_texts` does."""
         place = query.place("volume.uuid")
         if place is None:
-            return query.select(map(documents.snapshot_document, self.store.all(SNAPSHOTS)))
+            return map(compact_json, query.select(map(documents.snapshot_document, self.store.all(SNAPSHOTS))))
         above, volume = place
         page = self.store.page(SNAPSHOTS, above, query.page * query.count, query.count, volume)
-        return map(query.projector(), map(documents.snapshot_document, page))
+        return map(compact_json, map(query.projector(), map(documents.snapshot_document, page)))
 
     def snapshot(self, name: str) -> Document:
         snapshot = self.store.get(SNAPSHOTS, name)
@@ -263,10 +248,10 @@ class Api:
             raise ApiError(documents.SNAPSHOT_NOT_FOUND, f"Snapshot {name} not found")
         return documents.snapshot_document(snapshot)
 
-    def cut(self, item: NewSnapshot) -> _State:
+    def cut(self, item: NewSnapshot) -> State:
         return {"snapshot": documents.snapshot_document(self.snapshots.save(item))}
 
-    def delete_snapshot(self, item: SnapshotDeletion) -> _State:
+    def delete_snapshot(self, item: SnapshotDeletion) -> State:
         self.snapshots.delete(item.id, item.uuid)
         return {"snapshot": None}
 
@@ -276,21 +261,21 @@ class Api:
             raise ApiError(documents.SNAPSHOT_GROUP_NOT_FOUND, f"Snapshot group {name} not found")
         return documents.snapshot_group_document(group, self.groups.members(group))
 
-    def cut_group(self, item: NewSnapshotGroup) -> _State:
+    def cut_group(self, item: NewSnapshotGroup) -> State:
         group = self.groups.save(item)
         return {"snapshotGroup": documents.snapshot_group_document(group, self.groups.members(group))}
 
-    def delete_group(self, item: SnapshotDeletion) -> _State:
+    def delete_group(self, item: SnapshotDeletion) -> State:
         self.groups.delete(item.id, item.uuid)
         return {"snapshotGroup": None}
 
-    def create(self, item: NewVolume) -> _State:
+    def create(self, item: NewVolume) -> State:
         return {"volume": documents.volume_document(self.volumes.create(item))}
 
-    def clone(self, item: NewClone) -> _State:
+    def clone(self, item: NewClone) -> State:
         return {"volume": documents.volume_document(self.clones.create(item))}
 
-    def delete(self, item: Deletion) -> _State:
+    def delete(self, item: Deletion) -> State:
         self.volumes.delete(item.id, item.uuid)
         volume = self.store.get(VOLUMES, item.id)
         is_present = volume is not None and volume.uuid == item.uuid
@@ -300,7 +285,7 @@ class Api:
         self.volumes.extend(item)
         self.attacher.grow(item.uuid)
 
-    def reclaim_space(self, item: SpaceReclaim) -> _State:
+    def reclaim_space(self, item: SpaceReclaim) -> State:
         return {"reclaimed": self.reclaims.step(item)}
 
     def changes(self, request: HttpRequest, parts: list[str]) -> str:
@@ -330,14 +315,14 @@ class Api:
     def detach(self, body: DetachRequest) -> list[Document]:
         return self._settled(body.client, body.volumes, self.clients.detach)
 
-    def _settled(self, client: str, items: list[_Item], change: Callable[[str, _Item], list[Pair]]) -> list[Document]:
-        def settle(item: _Item) -> _State:
+    def _settled(self, client: str, items: list[Item], change: Callable[[str, Item], list[Pair]]) -> list[Document]:
+        def settle(item: Item) -> State:
             self.attacher.settle_all(change(client, item))
             return self._state_of(client, *item.subject)
 
-        return [_outcome(item, settle) for item in items]
+        return [routes.outcome(item, settle) for item in items]
 
-    def _state_of(self, client_name: str, name: str, identity: str | None) -> _State:
+    def _state_of(self, client_name: str, name: str, identity: str | None) -> State:
         """Return the documents of a volume and of a client, which has no other volume in it."""
         client, identity = self.store.get(CLIENTS, client_name), identity or ""
         report = self.store.get(REPORTS, identity, client_name)
@@ -366,72 +351,3 @@ class Api:
         why_none = self.snapshots.why_none, self.groups.why_none, self.changed_blocks.why_not
         reclaims_space = not self.reclaims.why_not
         return documents.system_info(fact.value if fact else "", *why_none, reclaims_space=reclaims_space)
-
-
-def answer(content: object, status: int = 200) -> HttpResponse:
-    return answer_text(compact_json(content), status)
-
-
-def answer_text(json: str, status: int = 200) -> HttpResponse:
-    return HttpResponse(status, json.encode(), (("Content-Type", "application/json; charset=utf-8"),))
-
-
-UNEXPECTED = answer(failure(500, "internal error; the log has the details"), 500)
-
-
-def _get(act: Callable[..., T], text: Callable[[T], str] = compact_json) -> _Route:
-    """Return the route of a function of the path's parts."""
-    return lambda _, parts: text(act(*parts))
-
-
-def _list(texts: Callable[[Query], Iterable[str]]) -> _Route:
-    return lambda request, parts: f"[{','.join(texts(Query.parse(request.query, *parts)))}]"
-
-
-def _selected(all_of: Callable[[], Iterable[Document]], text: Callable[[Document], str] = compact_json) -> _Route:
-    return _list(lambda query: map(text, query.select(all_of())))
-
-
-def _post(kind: type[_Body], act: Callable[[_Body], object]) -> _Route:
-    adapter = TypeAdapter(kind)
-    return lambda request, _: compact_json(act(adapter.validate_python(read_body(request))))
-
-
-def _each(kind: type[_Item], act: Callable[[_Item], _State]) -> _Route:
-    """Return the route of a list of requests, each of which is carried out and answered with an envelope."""
-    return _post(conlist(kind, min_length=1), lambda items: [_outcome(item, act) for item in items])
-
-
-def _outcome(item: _Item, act: Callable[[_Item], _State]) -> Document:
-    """Return the envelope of an item. Its payload has the state after it; NVMesh's is null, so clients must read it."""
-    name, identity = item.subject
-    try:
-        payload = act(item)
-    except ApiError as refusal:
-        return envelope(name, identity, False, refusal.error)
-    created = next(iter(payload.values())) if payload is not None and identity is None else None
-    return envelope(name, str(created["uuid"]) if created is not None else identity, True, payload=payload)
-
-
-def _refused(request: HttpRequest, error: Exception) -> HttpResponse:
-    """Return the answer to a request that failed as a whole."""
-    match error:
-        case Unusable():
-            return answer(failure(error.status, str(error)), error.status)
-        case ValidationError():
-            # Without the values, which may be passphrases.
-            reasons = error.errors(include_url=False, include_context=False, include_input=False)
-            return _invalid("; ".join(f"data/{'/'.join(map(str, each['loc']))}: {each['msg']}" for each in reasons))
-        case InvalidQuery():
-            return _invalid(str(error))
-        case QueryRefused():
-            number = _LIST_ERRORS.get(request.path.split("/")[1], 16040)
-            return answer(failure(number, "The list could not be loaded", innerMessage=str(error)))
-        case ApiError():
-            return answer(envelope(None, None, False, error.error))
-    _log.error("%s %s: %s", request.method, request.path, error)
-    return answer(failure(500, str(error)), 500)
-
-
-def _invalid(reason: str) -> HttpResponse:
-    return answer(failure(422, "REST API Validation Error", innerMessage=reason), 422)

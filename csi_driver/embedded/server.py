@@ -28,11 +28,12 @@ from csi_driver.embedded.clones import Clones
 from csi_driver.embedded.encryption import Encryptions
 from csi_driver.embedded.group_snapshots import GroupSnapshots
 from csi_driver.embedded.host_keys import HostKeyStore
-from csi_driver.embedded.http import UNEXPECTED, Api
+from csi_driver.embedded.http import Api
 from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.local_engine import LocalEngine
 from csi_driver.embedded.model import ATTACHMENTS, FACTS, SNAPSHOTS, VOLUMES, Fact, Volume
 from csi_driver.embedded.pool import Pool, VolumeLocks
+from csi_driver.embedded.routes import UNEXPECTED
 from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import (
     Freezes,

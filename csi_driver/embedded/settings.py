@@ -33,8 +33,9 @@ from csi_driver.flags import (
     required,
 )
 from csi_driver.host_model import Extent, LoopDevice
+from csi_driver.node_settings import DEVICE_DIRECTORY
 from csi_driver.nvme_model import Connection, HostKeys, TargetExport
-from csi_driver.settings import DEVICE_DIRECTORY, NODE_NAME, OVERCOMMIT, PREALLOCATE
+from csi_driver.settings import NODE_NAME, OVERCOMMIT, PREALLOCATE
 
 MIB = 1 << 20
 _MOST_TIMES = 100

@@ -119,7 +119,7 @@ class closing:
         os.close(self._fd)
 
 
-def _syscall(what: str, number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+def syscall(what: str, number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
     registers = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
     result = int(libc().syscall(ctypes.c_long(number), *registers))
     if result < 0:
@@ -139,19 +139,19 @@ def unmount(target: Path, flags: int = UMOUNT_NOFOLLOW) -> None:
 
 
 def fsopen(fs_type: str) -> int:
-    return _syscall(f"fsopen {fs_type}", _FSOPEN, fs_type.encode(), _FSOPEN_CLOEXEC)
+    return syscall(f"fsopen {fs_type}", _FSOPEN, fs_type.encode(), _FSOPEN_CLOEXEC)
 
 
 def fsconfig(context: int, key: str, value: str | None = None) -> None:
     """Set an option of a context: a flag, or a string when there is a value."""
     command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
     text = None if value is None else value.encode()
-    _syscall(f"fsconfig {key}", _FSCONFIG, context, command, key.encode(), text, 0)
+    syscall(f"fsconfig {key}", _FSCONFIG, context, command, key.encode(), text, 0)
 
 
 def fsconfig_create(context: int) -> None:
     """Create the superblock of a context, or find that of the same device."""
-    _syscall("fsconfig create", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+    syscall("fsconfig create", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
 
 
 def fs_messages(context: int) -> list[str]:
@@ -164,7 +164,7 @@ def fs_messages(context: int) -> list[str]:
 
 
 def fsmount(context: int, attributes: int) -> int:
-    return _syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+    return syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
 
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -179,22 +179,22 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 def open_tree_clone(source_fd: int, what: str) -> int:
     """Create a detached bind mount of an open file or directory."""
-    return _syscall(what, _OPEN_TREE, source_fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
+    return syscall(what, _OPEN_TREE, source_fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
 
 
 def mount_setattr(mount_fd: int, attributes: int) -> None:
     """Add attributes to an open mount (Linux 5.12)."""
     wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
-    _syscall("mount_setattr", _MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, wanted, len(wanted))
+    syscall("mount_setattr", _MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, wanted, len(wanted))
 
 
 def move_mount(mount_fd: int, target_fd: int, what: str) -> None:
-    _syscall(what, _MOVE_MOUNT, mount_fd, b"", target_fd, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
+    syscall(what, _MOVE_MOUNT, mount_fd, b"", target_fd, b"", _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
 
 
 def openat2(path: Path, flags: int, resolve: int) -> int:
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
-    return _syscall(f"open {path}", _OPENAT2, _AT_FDCWD, os.fsencode(path), how, len(how))
+    return syscall(f"open {path}", _OPENAT2, _AT_FDCWD, os.fsencode(path), how, len(how))
 
 
 _POSIX_SPAWN_SETSIGDEF, _POSIX_SPAWN_SETSID = 0x04, 0x80  # <spawn.h> of glibc and musl
@@ -218,7 +218,7 @@ def spawn(
     arguments, variables = map(os.fsencode, argv), (os.fsencode(f"{key}={text}") for key, text in environment.items())
     pid, c = ctypes.c_int(), libc_in_memory()
     with contextlib.suppress(SystemCallFailed):  # before Linux 5.11; what this process has opened has O_CLOEXEC anyway
-        _syscall("close_range", _CLOSE_RANGE, 3, 0x7FFFFFFF, _CLOSE_RANGE_CLOEXEC)
+        syscall("close_range", _CLOSE_RANGE, 3, 0x7FFFFFFF, _CLOSE_RANGE_CLOEXEC)
     for signal_number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which a program would inherit
         c.sigaddset(signals, signal_number)
     c.posix_spawn_file_actions_init(actions)
@@ -253,7 +253,7 @@ def has_mount_setattr() -> bool:
     """Tell if the kernel has mount_setattr (5.12)."""
     # Invalid arguments: EINVAL or EFAULT when the call exists.
     try:
-        _syscall("probe", _MOUNT_SETATTR, None, 0xFFFF0000, None, None, 1)
+        syscall("probe", _MOUNT_SETATTR, None, 0xFFFF0000, None, None, 1)
     except SystemCallFailed as failure:
         return failure.errno not in (errno.ENOSYS, errno.EPERM)
     return True
@@ -322,7 +322,7 @@ def statmount(unique_mount_id: int) -> MountStatus | None:
     while True:
         buffer = ctypes.create_string_buffer(size)
         try:
-            _syscall("statmount", _STATMOUNT, request, buffer, size, 0)
+            syscall("statmount", _STATMOUNT, request, buffer, size, 0)
         except SystemCallFailed as failure:
             if failure.errno == errno.EOVERFLOW and size < 1 << 20:
                 size *= 4
@@ -348,61 +348,3 @@ def _decode_statmount(raw: bytes) -> MountStatus | None:
     options = text(options_at) if mask & _STATMOUNT_OPTIONS else ""  # no bit without options
     texts = (text(fs_type_at), text(root_at), text(source_at), options)
     return MountStatus((major, minor), superblock_flags, attributes, propagation, *texts)
-
-
-# Asynchronous reads. Numbers of io_setup, io_destroy, io_getevents and io_submit; struct iocb and struct io_event of
-# include/uapi/linux/aio_abi.h (little endian).
-_AIO_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
-_IOCB, _IO_EVENT = struct.Struct("=QIiHhIQQqQII"), struct.Struct("=QQqq")
-READS_AT_ONCE = 128
-_idle_contexts: list[bytes] = []
-"""Contexts without a read in progress, kept because io_destroy takes 30 ms: as many as there were calls at once."""
-
-
-@functools.cache
-def _machine() -> str:
-    return os.uname().machine
-
-
-def read_at_once(fd: int, address: int, pieces: Sequence[tuple[int, int]]) -> list[int]:
-    """Read up to READS_AT_ONCE (offset, length) pieces at the same time, one behind the other, to a memory address.
-
-    Return for each the number of bytes or, negative, of the error. 0: not read, as all are when the kernel has no
-    asynchronous reads (no CONFIG_AIO), or too many (fs.aio-max-nr). When it returns, also by an exception, no read is
-    in progress.
-    """
-    counts = [0] * len(pieces)
-    if _machine() not in _AIO_CALLS:
-        return counts
-    setup, destroy, getevents, submit = _AIO_CALLS[_machine()]
-    requests = bytearray()
-    for number, (offset, length) in enumerate(pieces):
-        requests += _IOCB.pack(number, 0, 0, 0, 0, fd, address, length, offset, 0, 0, 0)
-        address += length
-    first = ctypes.addressof((ctypes.c_char * len(requests)).from_buffer(requests))
-    pointers = struct.pack(f"={len(pieces)}Q", *range(first, first + len(requests), _IOCB.size))
-    events = ctypes.create_string_buffer(_IO_EVENT.size * len(pieces))
-    try:
-        context = _idle_contexts.pop()
-    except IndexError:
-        made = ctypes.create_string_buffer(8)
-        try:
-            _syscall("io_setup", setup, READS_AT_ONCE, made)
-        except SystemCallFailed:
-            return counts
-        context = made.raw
-    (handle,) = struct.unpack("=q", context)
-    try:
-        running = _syscall("io_submit", submit, handle, len(pieces), pointers)
-        while running:
-            done = _syscall("io_getevents", getevents, handle, running, running, events, None)
-            for number, _, count, _ in _IO_EVENT.iter_unpack(events.raw[: done * _IO_EVENT.size]):
-                counts[number] = count
-            running -= done
-    except BaseException as error:
-        libc().syscall(ctypes.c_long(destroy), ctypes.c_long(handle))  # waits for the reads: the memory is theirs
-        if isinstance(error, SystemCallFailed):
-            return [0] * len(pieces)  # refused, or interrupted by a signal
-        raise
-    _idle_contexts.append(context)
-    return counts

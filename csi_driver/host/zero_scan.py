@@ -18,7 +18,8 @@ from typing import Self
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure
-from csi_driver.host.syscalls import READS_AT_ONCE, libc, read_at_once, system_call
+from csi_driver.host.async_reads import READS_AT_ONCE, read_at_once
+from csi_driver.host.syscalls import libc, system_call
 from csi_driver.host_model import OpenDevice
 from csi_driver.model import GIB, MIB
 

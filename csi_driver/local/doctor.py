@@ -23,16 +23,8 @@ from csi_driver.flags import choice, flag, host_name, read_boolean, read_file, r
 from csi_driver.host_model import RunningRole
 from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
 from csi_driver.model import DEFAULT_ZONE
-from csi_driver.settings import (
-    DRIVER_NAME,
-    ENDPOINT,
-    NODE_NAME,
-    STATE_DIRECTORY,
-    ApiSettings,
-    NodeObjectSettings,
-    NodePaths,
-    state_directory,
-)
+from csi_driver.node_settings import STATE_DIRECTORY, NodeObjectSettings, NodePaths, state_directory
+from csi_driver.settings import DRIVER_NAME, ENDPOINT, NODE_NAME, ApiSettings
 
 NODE, CONTROLLER, STORAGE = "node", "controller", "storage"
 _API_TIMEOUT_S = 4.0

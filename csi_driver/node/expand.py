@@ -26,8 +26,8 @@ from csi_driver.node.format import Preparation
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, number_of
 from csi_driver.node.ports import Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.publish import read_only_device
+from csi_driver.node_settings import NodeSettings
 from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
-from csi_driver.settings import NodeSettings
 
 # A client shows a new size within seconds. kubelet also asks for sizes that never come: that of a static
 # PersistentVolume which claims more than its volume has. Until the answer no pod with the volume can end.

@@ -13,7 +13,7 @@ from csi_driver.model import DEFAULT_TOPOLOGY_KEY, DEFAULT_ZONE, ClusterNames, S
 from csi_driver.node import NodeInfo
 from csi_driver.node.ports import Devices, Tools
 from csi_driver.node.usage_records import UsageRecords
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from csi_driver.node.reconcile import Reconcile
 from csi_driver.node.stage import Stage
 from csi_driver.node.stats import NodeHealth, VolumeCounts, VolumeStatistics
 from csi_driver.node.usage_records import RecordCleanup, UsageRecords
+from csi_driver.node_settings import NodeSettings
 from csi_driver.reporting import SILENT, Reporter
-from csi_driver.settings import NodeSettings
 
 logger = logging.getLogger(__name__)
 

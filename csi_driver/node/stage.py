@@ -34,13 +34,13 @@ from csi_driver.node.format import Preparation, Prepared
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, VolumeDevice, is_same
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.publish import STAGING_PATH, SharedReaders, writes_refused
+from csi_driver.node_settings import NodeSettings
 from csi_driver.parameters.connection import connect_options
 from csi_driver.parameters.encryption import EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.parameters.mkfs import MkfsRequest
 from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
 from csi_driver.publish_context import Encryption
 from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
-from csi_driver.settings import NodeSettings
 from csi_driver.storage_model import LUKS_HEADER_BYTES
 
 logger = logging.getLogger(__name__)

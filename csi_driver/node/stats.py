@@ -26,7 +26,7 @@ from csi_driver.node.expand import known_path
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, is_same, number_of
 from csi_driver.node.ports import Devices, Encryption, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices, Tools
 from csi_driver.node.reconcile import publication_record, staging_record
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 
 COUNT_TIMEOUT_S = 5.0
 

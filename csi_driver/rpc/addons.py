@@ -22,7 +22,7 @@ from csi_driver.rpc.pb import reclaimspace_pb2 as space_pb
 if TYPE_CHECKING:
     from csi_driver.controller.reclaim_space import ReclaimSpace
     from csi_driver.node.addons import NodeAddons
-    from csi_driver.rpc.services import IdentityService
+    from csi_driver.rpc.identity import IdentityService
 
 _Capability = id_pb.Capability
 _Mode = csi_pb2.VolumeCapability.AccessMode

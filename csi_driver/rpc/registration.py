@@ -27,10 +27,10 @@ import grpc
 from csi_driver.background import Backoff, SelfPaced
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import DriverError, PreconditionFailed, SystemCallFailed, shown
+from csi_driver.node_settings import RegistrationSettings
 from csi_driver.rpc.pb import pluginregistration_pb2 as pb
 from csi_driver.rpc.pb import pluginregistration_pb2_grpc
 from csi_driver.rpc.server import check_free
-from csi_driver.settings import RegistrationSettings
 
 _LOG = logging.getLogger(__name__)
 

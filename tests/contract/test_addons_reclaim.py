@@ -21,8 +21,8 @@ from csi_driver.management.settings import ManagementSettings
 from csi_driver.rpc.addons import controller_services
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.client import CallFailed
+from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.server import Server
-from csi_driver.rpc.services import IdentityService
 from csi_driver.settings import EndpointSettings
 from tests.addons_client import Sidecar, sidecar
 from tests.reflink_pool import MIB, mounted

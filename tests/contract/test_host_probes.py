@@ -28,7 +28,7 @@ from csi_driver.host.paths import LinuxPaths
 from csi_driver.host_model import FaultKind, Mount
 from csi_driver.model import MIB, Reason
 from csi_driver.node.service import NodeUseCases, assemble
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 
 pytestmark = pytest.mark.root

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from csi_driver.deadline import Deadline
+from csi_driver.node_settings import RegistrationSettings
 from csi_driver.rpc import registration as module
 from csi_driver.rpc.registration import Registration
-from csi_driver.settings import RegistrationSettings
 from tests.fakes.kubelet import Kubelet
 
 NAME = "nvmesh-csi.example.com"

@@ -15,10 +15,11 @@ import grpc
 import pytest
 
 from csi_driver.rpc.boundary import Boundary
+from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb import csi_pb2_grpc
 from csi_driver.rpc.server import Server
-from csi_driver.rpc.services import ControllerService, ControllerUseCases, GroupControllerService, IdentityService
+from csi_driver.rpc.services import ControllerService, ControllerUseCases, GroupControllerService
 from csi_driver.settings import EndpointSettings
 from tests.contract.snapshot_zones import Kind, Zones, zones_of
 

@@ -23,10 +23,11 @@ from csi_driver.host.processes import run
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.rpc.boundary import Boundary
+from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.pb import csi_pb2 as pb
 from csi_driver.rpc.pb import csi_pb2_grpc
 from csi_driver.rpc.server import Server
-from csi_driver.rpc.services import ControllerService, ControllerUseCases, IdentityService
+from csi_driver.rpc.services import ControllerService, ControllerUseCases
 from csi_driver.settings import EndpointSettings
 from csi_driver.telemetry import tracing
 from csi_driver.telemetry.tracing import TracingSettings

@@ -17,9 +17,9 @@ from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.concurrency import Watchdog
 from csi_driver.node.service import NodeUseCases, assemble
 from csi_driver.node.usage_records import UsageRecord, UsageRecords
+from csi_driver.node_settings import NodeSettings
 from csi_driver.nvme_model import NvmeExport
 from csi_driver.publish_context import Encryption, History, PublishContext
-from csi_driver.settings import NodeSettings
 from csi_driver.thread_pool import Job
 from tests.fakes.disks import MIB
 from tests.fakes.host import FakeClock, FakeHost

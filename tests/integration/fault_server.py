@@ -29,7 +29,7 @@ from csi_driver.model import AccessMode, BlockAccess, Capability, CapacityRange,
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble
 from csi_driver.node.usage_records import UsageRecords
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 from tests.faults import Faults
 
 CALL_TIME_S = 60.0

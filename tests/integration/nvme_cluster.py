@@ -27,6 +27,7 @@ from csi_driver.reporting import SILENT
 from csi_driver.rpc import services
 from csi_driver.rpc.boundary import Boundary, Service
 from csi_driver.rpc.contract import thread_pools
+from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.server import Server
 from csi_driver.serving import _controller_use_cases
 from csi_driver.settings import ControllerSettings, EndpointSettings
@@ -103,14 +104,14 @@ class NvmeCluster(Cluster):
         features = ZoneFeatures(clusters)
         settings = ControllerSettings(detach_wait_s=_DETACH_WAIT_S)
         use_cases = _controller_use_cases(clusters, settings, features, SILENT)
-        identity = services.IdentityService(DEFAULT_DRIVER_NAME, driver_version, lambda: True, features)
+        identity = IdentityService(DEFAULT_DRIVER_NAME, driver_version, lambda: True, features)
         service = services.ControllerService(use_cases, volume_health=True, attaches=True)
         others = services.GroupControllerService(use_cases), services.SnapshotMetadataService(use_cases)
         self._serve(name, (service, *others, identity))
 
     def serve_node(self, name: str) -> None:
         use_cases = self.machines[name].use
-        identity = services.IdentityService(DEFAULT_DRIVER_NAME, driver_version, lambda: True)
+        identity = IdentityService(DEFAULT_DRIVER_NAME, driver_version, lambda: True)
         self._serve(name, (services.NodeService(use_cases, volume_health=True), identity))
 
     def _serve(self, name: str, own: Sequence[Service]) -> None:

@@ -29,9 +29,9 @@ from csi_driver.host.paths import LinuxPaths
 from csi_driver.model import MIB, AccessMode, BlockAccess, Capability, CapacityRange, MountAccess
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.service import NodeUseCases, assemble
+from csi_driver.node_settings import NodeSettings
 from csi_driver.nvme_model import NvmeExport, TargetExport, host_nqn, subsystem_nqn
 from csi_driver.publish_context import History, PublishContext
-from csi_driver.settings import NodeSettings
 from tests.contract.host_machine import mounts_below
 from tests.fakes.nvme_host_kernel import HostKernel
 from tests.fakes.nvme_kernel import NvmeKernel

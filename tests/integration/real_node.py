@@ -21,8 +21,8 @@ from csi_driver.model import MIB, AccessMode, Capability, MountAccess
 from csi_driver.node import NodePublishRequest, StageRequest
 from csi_driver.node.service import assemble
 from csi_driver.node.usage_records import UsageRecord, UsageRecords
+from csi_driver.node_settings import NodeSettings
 from csi_driver.publish_context import History, PublishContext
-from csi_driver.settings import NodeSettings
 from tests.contract.host_machine import HostMachine, Volume, shell
 from tests.reflink_pool import mount_file
 

@@ -18,6 +18,7 @@ from csi_driver.config.local_commands import DemoCommand, LocalCommand, StorageC
 from csi_driver.embedded.settings import ClientSettings, StorageSettings
 from csi_driver.host_model import RunningRole
 from csi_driver.local.settings import DemoSettings, LocalSettings
+from csi_driver.node_settings import NodeSettings, RegistrationSettings
 from csi_driver.settings import (
     ApiSettings,
     AttachBy,
@@ -25,8 +26,6 @@ from csi_driver.settings import (
     ControllerSettings,
     Fencing,
     HttpSettings,
-    NodeSettings,
-    RegistrationSettings,
     ZonePolicy,
 )
 

@@ -15,8 +15,8 @@ from csi_driver.errors import SystemCallFailed
 from csi_driver.node import service
 from csi_driver.node.node_info import NodeZone
 from csi_driver.node.ports import Tools
+from csi_driver.node_settings import NodeSettings
 from csi_driver.reporting import Reporter
-from csi_driver.settings import NodeSettings
 from tests import faults
 from tests.fakes.node import FakeNode
 from tests.faults import PORTS, Faults

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "csi_driver"
 
 # Places of the kernel's files. The configuration names some of them as defaults, to hand them to csi_driver.host.
 MACHINE_PATH = re.compile(r"/(proc|sys|dev|run/udev)(/|$)")
-KNOWS_MACHINE_PATHS = ("csi_driver.host", "csi_driver.settings", "csi_driver.__main__")
+KNOWS_MACHINE_PATHS = ("csi_driver.host", "csi_driver.settings", "csi_driver.node_settings", "csi_driver.__main__")
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 STARTS_A_PROCESS = re.compile(r"fork|forkpty|popen|posix_spawnp?|system|startfile|exec[lv]p?e?|spawn[lv]p?e?")

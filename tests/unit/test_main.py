@@ -25,8 +25,8 @@ from csi_driver import __main__ as program
 from csi_driver import driver_version
 from csi_driver.deadline import Deadline
 from csi_driver.host import processes
+from csi_driver.node_settings import NVME_DIRECTORY, NodePaths
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
-from csi_driver.settings import NVME_DIRECTORY, NodePaths
 from tests.documents import code, table, text_of
 from tests.fakes.kubelet import Kubelet
 

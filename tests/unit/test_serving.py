@@ -18,8 +18,9 @@ import pytest
 from csi_driver import serving
 from csi_driver.deadline import Deadline
 from csi_driver.rpc.boundary import Boundary
+from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
-from csi_driver.rpc.services import IdentityService, NodeService
+from csi_driver.rpc.services import NodeService
 from csi_driver.settings import EndpointSettings
 from tests.unit.rpc.fakes import FakeNode, Gate, Trace, always_ready, stage
 

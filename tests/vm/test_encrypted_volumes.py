@@ -27,9 +27,9 @@ from csi_driver.model import EMPTY, MIB, AccessMode, BlockAccess, Capability, Ca
 from csi_driver.node import NodeExpandRequest, NodePublishRequest, StageRequest
 from csi_driver.node.addons import NodeAddons
 from csi_driver.node.service import assemble
+from csi_driver.node_settings import NodeSettings
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.rpc.client import CallFailed
-from csi_driver.settings import NodeSettings
 from tests.client import CsiClient
 from tests.contract.host_machine import HostMachine, Volume, host_machine, shell
 from tests.integration.fault_nodes import ServingNode, Subject, World

@@ -13,7 +13,7 @@ from csi_driver.errors import DeadlineReached
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.settings import NodePaths
+from csi_driver.node_settings import NodePaths
 
 UUID = "01234567-89ab-4567-89ab-0123456789ef"
 OF_VOLUME = "11234567-89ab-4567-89ab-0123456789ef"

@@ -16,7 +16,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure, SystemCallFailed
-from csi_driver.host import syscalls, zero_scan
+from csi_driver.host import async_reads, syscalls, zero_scan
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice
 from csi_driver.model import GIB, MIB
 
@@ -97,7 +97,7 @@ def test_one_byte_at_any_place_of_the_quick_probe_is_found(tmp_path: Path) -> No
 def test_the_quick_probe_waits_for_the_device_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = blank_file(tmp_path / "device", 10 * GIB)
     waits: list[str] = []
-    one, many = os.preadv, syscalls.read_at_once
+    one, many = os.preadv, async_reads.read_at_once
 
     def read_one(fd: int, buffers: list[memoryview], offset: int) -> int:
         waits.append("one")
@@ -117,7 +117,7 @@ def test_places_are_read_one_by_one_where_the_kernel_has_no_asynchronous_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = blank_file(tmp_path / "device", GIB)
-    monkeypatch.setattr(syscalls, "_AIO_CALLS", {})
+    monkeypatch.setattr(async_reads, "_AIO_CALLS", {})
     assert quick(path, GIB) is None
     with path.open("r+b") as file:
         file.seek(64 * MIB + 7)
@@ -156,7 +156,7 @@ def test_what_is_stored_after_a_header_is_read_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     if not at_once:
-        monkeypatch.setattr(syscalls, "_AIO_CALLS", {})
+        monkeypatch.setattr(async_reads, "_AIO_CALLS", {})
     path, size, start = tmp_path / "device", 32 * MIB, 16 * MIB
     path.write_bytes(b"\xff" * start + bytes(size))
     with opened(path, size, os.O_RDWR, start) as device:
@@ -182,7 +182,7 @@ def test_reads_at_once_return_each_piece_in_its_place(tmp_path: Path) -> None:
     path.write_bytes(b"".join(bytes([number]) * 4096 for number in range(8)))
     with opened(path, 8 * 4096) as device, mmap.mmap(-1, 16384) as memory:
         address = ctypes.addressof(first := ctypes.c_char.from_buffer(memory))
-        counts = syscalls.read_at_once(device.fd, address, [(7 * 4096, 8192), (4096, 4096)])
+        counts = async_reads.read_at_once(device.fd, address, [(7 * 4096, 8192), (4096, 4096)])
         found = memory[:4096], memory[8192:12288]
         del first
     assert (counts, found) == ([4096, 4096], (b"\x07" * 4096, b"\x01" * 4096))
@@ -191,10 +191,10 @@ def test_reads_at_once_return_each_piece_in_its_place(tmp_path: Path) -> None:
 def test_calls_one_after_another_share_a_context(tmp_path: Path) -> None:
     path = blank_file(tmp_path / "device", GIB)
     quick(path, GIB)
-    before = list(syscalls._idle_contexts)
+    before = list(async_reads._idle_contexts)
     for _ in range(3):
         quick(path, GIB)
-    assert syscalls._idle_contexts == before != []
+    assert async_reads._idle_contexts == before != []
 
 
 @pytest.mark.parametrize("error", [SystemCallFailed("io_getevents", errno.EINTR), MemoryError()])
@@ -202,7 +202,7 @@ def test_reads_whose_results_cannot_be_fetched_are_over_before_their_memory_is_u
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     calls: list[tuple[int, ...]] = []
-    real = syscalls._syscall
+    real = syscalls.syscall
 
     def failing(what: str, *arguments: int) -> int:
         if what == "io_getevents":
@@ -212,7 +212,7 @@ def test_reads_whose_results_cannot_be_fetched_are_over_before_their_memory_is_u
 
     path = blank_file(tmp_path / "device", GIB)
     with monkeypatch.context() as patched:
-        patched.setattr(syscalls, "_syscall", failing)
+        patched.setattr(async_reads, "syscall", failing)
         with suppress(MemoryError):
             assert quick(path, GIB, os.O_RDONLY | os.O_DIRECT) is None
     with pytest.raises(SystemCallFailed, match="Invalid argument"):

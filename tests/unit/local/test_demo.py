@@ -15,8 +15,9 @@ import pytest
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.host.processes import Completed
-from csi_driver.local import demo
-from csi_driver.local.demo import SIGNALS, Cleanup, Interrupted, Screen, interrupt, prepare_directory
+from csi_driver.local import demo, demo_steps
+from csi_driver.local.demo import SIGNALS, Interrupted, interrupt, prepare_directory
+from csi_driver.local.demo_steps import Cleanup, Screen
 from csi_driver.local.supervisor import why_impossible
 from csi_driver.rpc.client import CallFailed
 
@@ -131,7 +132,7 @@ def test_files_stay_while_the_kernel_uses_the_directory(
         rows = [{"target": path, "name": "loop7", "back-file": path} for path in paths]
         return Completed(0, json.dumps({table: rows}).encode(), "")
 
-    monkeypatch.setattr(demo, "run", answer)
+    monkeypatch.setattr(demo_steps, "run", answer)
     left = demo._sweep(link if by_link else real, is_new=False)
     assert len(left) == 2
     assert (real / "volume").is_dir()

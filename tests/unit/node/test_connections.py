@@ -13,9 +13,9 @@ from csi_driver.errors import ExistsDifferently, InvalidRequest, PreconditionFai
 from csi_driver.host_model import DeviceNumber, NvmeOrphan
 from csi_driver.model import DEFAULT_DRIVER_NAME, MIB
 from csi_driver.node.reconcile import Kind
+from csi_driver.node_settings import NodeSettings
 from csi_driver.nvme_model import NvmeExport, subsystem_nqn
 from csi_driver.publish_context import History
-from csi_driver.settings import NodeSettings
 from tests.fakes.disks import FakeDisk
 from tests.fakes.host import DEVICE_DIRECTORY
 from tests.fakes.node import BLOCK, EXT4, NAME, STAGING, TARGET, UUID, VOLUME_ID, FakeNode, publish_context

@@ -13,7 +13,7 @@ from csi_driver.errors import VolumeNotFound
 from csi_driver.host_model import Fault, FaultKind, VolumeStatus
 from csi_driver.model import Reason, StorageFault, VolumeFault
 from csi_driver.node.stats import CONDITIONS
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 from tests.fakes.disks import FakeDisk
 from tests.fakes.node import BLOCK, NAME, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode
 from tests.unit.node.encrypted import Locked

@@ -13,7 +13,7 @@ from csi_driver.model import BlockAccess, ClusterNames, MountAccess
 from csi_driver.node import NodeInfo
 from csi_driver.node.node_info import NodeIdentity, NodeZone
 from csi_driver.node.usage_records import UsageRecords
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 from tests.fakes.node import BLOCK, EXT4, NAME, OTHER_UUID, UUID, FakeNode
 
 SETTINGS = NodeSettings("node-1", Path("/nowhere"), zone="z1", topology_key="example.com/zone", max_volumes_per_node=7)

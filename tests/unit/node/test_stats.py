@@ -14,7 +14,7 @@ import pytest
 from csi_driver.deadline import Deadline
 from csi_driver.errors import NotFound, StorageUnavailable
 from csi_driver.model import Usage
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 from csi_driver.thread_pool import Job
 from tests.fakes.disks import MIB
 from tests.fakes.node import BLOCK, NAME, OTHER_TARGET, OTHER_UUID, STAGING, TARGET, UUID, VOLUME_ID, FakeNode

@@ -12,7 +12,7 @@ import pytest
 
 from csi_driver.errors import DeadlineReached, IdentityNotProven, PreconditionFailed, StorageUnavailable
 from csi_driver.host_model import VolumeStatus
-from csi_driver.settings import NodeSettings
+from csi_driver.node_settings import NodeSettings
 from tests.fakes.disks import MIB, FakeDisk
 from tests.fakes.node import (
     BLOCK,

@@ -43,13 +43,13 @@ from csi_driver.node import NodeExpandRequest, NodeInfo, NodePublishRequest, Sta
 from csi_driver.publish_context import PublishContext
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.contract import HEALTH, Rpc, ThreadPools, thread_pools
+from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.pb import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.server import Server
 from csi_driver.rpc.services import (
     ControllerService,
     ControllerUseCases,
     GroupControllerService,
-    IdentityService,
     NodeService,
     SnapshotMetadataService,
 )

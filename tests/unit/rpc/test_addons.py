@@ -21,10 +21,10 @@ from csi_driver.rpc.addons import AddonsIdentity, controller_services, node_serv
 from csi_driver.rpc.boundary import Boundary
 from csi_driver.rpc.client import CallFailed, CsiClient
 from csi_driver.rpc.contract import ADDONS, Rpc
+from csi_driver.rpc.identity import IdentityService, is_equipped
 from csi_driver.rpc.pb import csi_pb2, encryptionkeyrotation_pb2, identity_pb2, reclaimspace_pb2
 from csi_driver.rpc.redaction import STRIPPED, describe
 from csi_driver.rpc.server import Server
-from csi_driver.rpc.services import IdentityService, is_equipped
 from csi_driver.settings import EndpointSettings
 from tests.addons_client import Sidecar, sidecar
 from tests.fakes.node import BLOCK, KUBELET, NAME, UUID, VOLUME_ID, FakeNode

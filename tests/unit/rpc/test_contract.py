@@ -10,14 +10,9 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 
 from csi_driver.rpc.contract import RPCS, Pool, Rpc
+from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.pb import csi_pb2
-from csi_driver.rpc.services import (
-    ControllerService,
-    GroupControllerService,
-    IdentityService,
-    NodeService,
-    SnapshotMetadataService,
-)
+from csi_driver.rpc.services import ControllerService, GroupControllerService, NodeService, SnapshotMetadataService
 
 PROTO = Path(__file__).parents[3] / "proto" / "csi.proto"
 SERVED = {

@@ -19,11 +19,11 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DriverError, PreconditionFailed, StorageUnavailable
+from csi_driver.node_settings import RegistrationSettings
 from csi_driver.rpc import client as client_module
 from csi_driver.rpc import registration as module
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.registration import Registration
-from csi_driver.settings import RegistrationSettings
 from tests.fakes.kubelet import Kubelet, Plugin
 from tests.unit.rpc.fakes import Endpoint, serving
 

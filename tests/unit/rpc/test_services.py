@@ -14,8 +14,8 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
+from csi_driver.rpc.identity import ManagementReadiness, is_equipped
 from csi_driver.rpc.pb import csi_pb2
-from csi_driver.rpc.services import ManagementReadiness, is_equipped
 from csi_driver.storage_model import Features
 from tests.unit.rpc.fakes import (
     CUT_AT,
