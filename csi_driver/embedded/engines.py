@@ -40,11 +40,9 @@ class Engine(Protocol):
 
     def recover(self) -> set[str]:
         """Find what clients hold since an earlier run. Return the names of the pool's files that are in use."""
-        ...
 
     def forget_others(self, wanted: Collection[tuple[str, str]]) -> None:
         """Remove what a crash left of attachments other than these, by names of client and volume."""
-        ...
 
     def serves(self, client: str) -> bool: ...
 
@@ -52,11 +50,9 @@ class Engine(Protocol):
 
     def is_connected(self, client: str) -> bool:
         """Return whether the client has a connection now that its key was checked for."""
-        ...
 
     def pairs(self) -> Collection[Pair]:
         """Return the clients and volumes with a hold."""
-        ...
 
     def holders(self, identity: str) -> Iterable[str]: ...
 
@@ -64,48 +60,38 @@ class Engine(Protocol):
 
     def awaits(self, leaving: Attachment) -> bool:
         """Return whether a client lost its hold in a restart of this machine, and may come back for it."""
-        ...
 
     # The methods below need a hold, but `attach` and `hide`.
 
     def has_file(self, client: str, identity: str, file: Path) -> bool:
         """Return whether the file at this path is the one that the client uses."""
-        ...
 
     def fits(self, wanted: Attachment, *, private: bool) -> bool:
         """Return whether what the client has carries I/O and is of the wanted kind."""
-        ...
 
     def attach(self, volume: Volume, wanted: Attachment, file: Path, *, private: bool) -> None:
         """Give the client a file, which was verified, and which is on disk."""
-        ...
 
     def keep(self, wanted: Attachment) -> None:
         """Repair what other programs may have removed."""
-        ...
 
     def show(self, volume: Volume, wanted: Attachment) -> None:
         """Show the client the state of an attachment."""
-        ...
 
     def hide(self, client: str, volume_name: str) -> None:
         """Show the client that a volume is detached."""
-        ...
 
     def grow(self, client: str, identity: str) -> None:
         """Give the client the present size of its file."""
-        ...
 
     def release(self, client: str, identity: str, volume_name: str | None, *, row_stays: bool) -> bool:
         """Take the volume from the client, and hide it; False, with no change, while the client uses it.
 
         `row_stays`: it will be given to the client in another form, for which the record may be changed.
         """
-        ...
 
     def cut_off(self, client: str, identity: str, volume_name: str, *, is_down: bool) -> bool:
         """End the client's I/O for ever, or release the volume; False, with no change, where both are impossible.
 
         Earlier writes are in the file when this returns; later ones never reach it.
         """
-        ...

@@ -261,34 +261,27 @@ class LoopDevices(Protocol):
 
     def attach(self, file: Path, node: Path, *, label: str, read_only: bool, block_size: int = 4096) -> LoopDevice:
         """Bind a free loop device to `file`, with `label` (at most 63 bytes), and make its device node at `node`."""
-        ...
 
     def ensure_node(self, device: LoopDevice, node: Path) -> LoopDevice:
         """Make `node` the device node of the device, atomically; return the device with it."""
-        ...
 
     def bound_to(self, *directories: Path) -> tuple[LoopDevice, ...]:
         """Return the loop devices that are bound to files in these directories."""
-        ...
 
     def has_file(self, device: LoopDevice, file: Path) -> bool:
         """Return whether the file at this path is the backing file of the device."""
-        ...
 
     def grow(self, device: LoopDevice) -> None:
         """Set the device's size to the present size of its file."""
-        ...
 
     def fence(self, device: LoopDevice) -> LoopDevice | None:
         """Cut a device in use off from its file for ever; None where that is impossible.
 
         Earlier writes are in the file when this returns; later ones never reach it.
         """
-        ...
 
     def detach(self, device: LoopDevice) -> bool:
         """Unbind the device; False, with no change, if it is mounted or open."""
-        ...
 
 
 class NvmeTarget(Protocol):
@@ -296,15 +289,12 @@ class NvmeTarget(Protocol):
 
     def addresses(self) -> Sequence[str]:
         """Return the addresses of this machine by which others may reach it."""
-        ...
 
     def why_not(self) -> str:
         """Return why this machine cannot export; "" when it can. Loads the modules and mounts configfs."""
-        ...
 
     def exported(self, pool_uuid: str) -> tuple[TargetExport, ...]:
         """Return the exports of a pool, also those that a crash left half made or half removed."""
-        ...
 
     def apply(self, export: TargetExport, keys: Mapping[str, HostKeys] = ...) -> TargetExport:
         """Make it so, the link last; nothing that matches is touched. `keys` are by the NQN of the host.
@@ -312,27 +302,21 @@ class NvmeTarget(Protocol):
         Return what it is then: without an address that this machine does not have now, if it has another one.
         When it returns, only `export.hosts` can do I/O, and no I/O of another host is running.
         """
-        ...
 
     def is_open(self, export: TargetExport) -> bool:
         """Return whether hosts can connect to it at each address."""
-        ...
 
     def withdraw(self, export: TargetExport) -> None:
         """Remove it, also what a crash left; when it returns no I/O is running."""
-        ...
 
     def grow(self, export: TargetExport) -> None:
         """Set the namespace's size to the present size of its file."""
-        ...
 
     def elsewhere(self, exports: Collection[TargetExport]) -> Collection[TargetExport]:
         """Return the exports with ports in another network namespace: their connections are not seen here."""
-        ...
 
     def connections(self, ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
         """Return the connections to each of these ports in this network namespace."""
-        ...
 
 
 class LuksHeaders(Protocol):
@@ -345,7 +329,6 @@ class LuksHeaders(Protocol):
 
         Slots count from 0.
         """
-        ...
 
 
 class Reflinks(Protocol):
@@ -353,19 +336,15 @@ class Reflinks(Protocol):
 
     def clone(self, source_fd: int, target_fd: int) -> None:
         """Make the target share all blocks of the source: the source's content at one moment (FICLONE)."""
-        ...
 
     def count_extents(self, fd: int) -> int:
         """Return the number of extents of a file (FIEMAP), after its writes have got their blocks."""
-        ...
 
     def extents(self, fd: int, offset: int, most: int) -> Sequence[Extent]:
         """Return up to `most` extents of a file in ascending order, from the one at or behind `offset`."""
-        ...
 
     def why_not_comparable(self, fd: int) -> str:
         """Return why equal addresses of two files' extents do not prove equal content there; "" when they do."""
-        ...
 
 
 class SparseFiles(Protocol):
@@ -373,7 +352,6 @@ class SparseFiles(Protocol):
 
     def why_not(self, directory: Path) -> str:
         """Return why files in this directory cannot give back a part of their space; "" when they can."""
-        ...
 
     def give_back_zeros(self, file: Path, offset: int, most_bytes: int) -> int | None:
         """Give back the blocks of zeros from `offset`, reading at most about `most_bytes`, and return where to go on.
@@ -381,7 +359,6 @@ class SparseFiles(Protocol):
         None at the end. The file's content stays the same. Raises PreconditionFailed while another program has it open;
         ends early when one is about to open it.
         """
-        ...
 
 
 class Freezes(Protocol):
@@ -396,8 +373,6 @@ class Freezes(Protocol):
         Copies made until it is called are of one moment, unless it raises NotFreezable. Raises NotFreezable at once
         where a file's device is in use and cannot be frozen.
         """
-        ...
 
     def recover(self) -> bool:
         """Thaw what is left frozen; False: retry later."""
-        ...

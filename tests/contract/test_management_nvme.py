@@ -36,7 +36,6 @@ class Side(Protocol):
 
     def lose(self, node: str) -> None:
         """Let a node be without a connection for long."""
-        ...
 
 
 class FakeSide:

@@ -50,41 +50,32 @@ class Host(Protocol):
 
     def attach(self, name: str, size_bytes: int) -> str:
         """Let the device of a new volume appear; return its uuid."""
-        ...
 
     def replace(self, name: str) -> None:
         """Let another volume's device of the same name and size take the place of one."""
-        ...
 
     def lose(self, name: str) -> None:
         """Remove the device of a volume while it is in use."""
-        ...
 
     def grow(self, name: str, size_bytes: int) -> None: ...
 
     def copy(self, name: str, to: str) -> str:
         """Let the device of a new volume appear, with the content that another one has on disk; return its uuid."""
-        ...
 
     def files(self, path: Path) -> list[str]:
         """Return the names that a user of the mount at `path` meets."""
-        ...
 
     def put(self, device: Device, offset: int, data: bytes) -> None:
         """Write to a device, past every filesystem."""
-        ...
 
     def write(self, path: Path) -> bool:
         """Write as a user of the mount at `path`; False when it is refused."""
-        ...
 
     def in_use(self, path: Path) -> contextlib.AbstractContextManager[None]:
         """Use the mount at `path`."""
-        ...
 
     def mode(self, path: Path) -> int:
         """Return the permission bits that a user of `path` meets."""
-        ...
 
 
 class FakeSide:

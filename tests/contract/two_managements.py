@@ -51,11 +51,9 @@ class Side(Protocol):
 
     def hold(self, work: Work) -> None:
         """Let no work of this kind be finished any more."""
-        ...
 
     def lose(self, client: str) -> None:
         """Let a client be down from now on."""
-        ...
 
 
 class FakeSide:
