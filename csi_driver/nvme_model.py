@@ -149,6 +149,17 @@ class ConnectOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectedVolume:
+    """A volume that this node connects by NVMe/TCP. `size_bytes`: at its attachment, 0 = unknown."""
+
+    name: str
+    uuid: str
+    export: NvmeExport
+    size_bytes: int = 0
+    options: ConnectOptions = ConnectOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class NvmeStates:
     """Figures of the volumes that this node connects by NVMe/TCP; the last three count since the start.
 

@@ -30,11 +30,10 @@ from csi_driver.host.mount_table import openers
 from csi_driver.host.syscalls import closing, open_file, system_call
 from csi_driver.host_model import Device, DeviceNumber, NvmeOrphan, OpenDevice, StorageClient, VolumeStatus
 from csi_driver.model import CSI_NAME_PREFIX, is_uuid, is_volume_name
-from csi_driver.nvme_model import ConnectOptions
+from csi_driver.nvme_model import ConnectedVolume
 
 if TYPE_CHECKING:
     from csi_driver.host.connectors.nvme_paths import PathKeeper
-    from csi_driver.nvme_model import NvmeExport
 
 NVME_VOLUME_LIMIT = 500
 """Volumes of one node; each takes a controller and its queues for every path."""
@@ -345,24 +344,14 @@ class LinuxDevices:
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         return self._status.reference_ids(name) if is_volume_name(name) else None
 
-    def connect(
-        self,
-        name: str,
-        uuid: str,
-        export: NvmeExport,
-        size_bytes: int,
-        holder: str,
-        options: ConnectOptions,
-        *,
-        deadline: Deadline,
-    ) -> None:
-        self.path_of(name)
+    def connect(self, volume: ConnectedVolume, holder: str, *, deadline: Deadline) -> None:
+        self.path_of(volume.name)
         if self._nvme is None:
             raise PreconditionFailed(
-                f"volume {name} is exported over NVMe/TCP, and this node is not set up to connect it: expected the"
-                " directory of --nvme-directory at the start of the driver; with Helm, set storage.nvme"
+                f"volume {volume.name} is exported over NVMe/TCP, and this node is not set up to connect it: expected"
+                " the directory of --nvme-directory at the start of the driver; with Helm, set storage.nvme"
             )
-        self._nvme.connect(name, uuid, export, size_bytes, holder, options, deadline=deadline)
+        self._nvme.connect(volume, holder, deadline=deadline)
 
     def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
         if self._nvme is not None:

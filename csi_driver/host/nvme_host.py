@@ -86,6 +86,8 @@ class Sysfs:
         self._numbers = f"{root}/dev/block"
         self.multipath = f"{root}/module/nvme_core/parameters/multipath"
         self._nqns: dict[tuple[str, int], str] = {}
+        self._places: dict[str, str] = {}
+        """The directories of the subsystems that were seen, by NQN."""
 
     def entries(self) -> frozenset[tuple[str, int]]:
         """Return name and inode of all controllers: the kernel gives a name to another one, an inode never."""
@@ -100,14 +102,23 @@ class Sysfs:
     def nqn(self, controller: str) -> str:
         return _text(f"{self._controllers}/{controller}/subsysnqn")
 
-    def find(self, nqn: str, hint: str = "") -> Subsystem | None:
-        """Return the subsystem of that name. `hint`: where it was; that is read first, then those that are new."""
-        if hint and self._nqn_of(hint) == nqn:
-            return self._described(hint, nqn)
-        found = {entry: self._nqns.get(entry) or self._nqn_of(entry[0]) for entry in _entries(self._subsystems)}
-        self._nqns = found
-        name = next((name for (name, _), known in found.items() if known == nqn), None)
+    def find(self, nqn: str) -> Subsystem | None:
+        """Return the subsystem of that name. Only one that is not where it was takes a look at all subsystems."""
+        if not self.is_at(self._places.get(nqn, ""), nqn):
+            seen = {entry: self._nqns.get(entry) or self._nqn_of(entry[0]) for entry in _entries(self._subsystems)}
+            self._nqns, self._places = seen, {known: name for (name, _), known in seen.items()}
+        name = self._places.get(nqn)
         return self._described(name, nqn) if name is not None else None
+
+    def connected(self, controller: str, nqn: str) -> None:
+        """Note the place of a subsystem that this controller is the first one of: it gets the controller's number."""
+        name = f"nvme-subsys{controller.removeprefix('nvme')}"
+        if self.is_at(name, nqn):
+            self._places[nqn] = name
+
+    def is_at(self, subsystem: str, nqn: str) -> bool:
+        """Return whether the subsystem in this directory has that name."""
+        return subsystem != "" and self._nqn_of(subsystem) == nqn
 
     def _nqn_of(self, subsystem: str) -> str:
         return _text(f"{self._subsystems}/{subsystem}/subsysnqn")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 
 from csi_driver.host import machine_checks as machine
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.connectors.nvme_paths import PathKeeper
-from csi_driver.host.nvme_host import LIVE
+from csi_driver.host.nvme_host import LIVE, Sysfs
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.local.doctor import Finding, Target, error, ok, warning
 
@@ -75,25 +76,31 @@ def paths(target: Target) -> Iterator[Finding]:
     if keeper is None:
         return
     volumes = keeper.volumes
-    records = volumes.records.all()
+    records, states = volumes.records.all(), _paths_by_subsystem(volumes.sysfs)
     lost: dict[str, dict[str, str]] = {}
     for name, record in sorted(records.items()):
         if record.is_refused:
             fix = "delete its pods on this node: kubelet then removes the mounts"
             yield warning(f"volume {name} was given to another node: the storage refuses its I/O", fix=fix)
             continue
-        subsystem = volumes.subsystem(record.export.nqn)
-        states = {each.path: each.state for each in (subsystem.controllers if subsystem else ())}
-        states_here = {path: states.get(path, "missing") for path in record.export.paths}
-        lost[name] = {path: state for path, state in states_here.items() if state != LIVE}
+        here = states.get(record.export.nqn, {})
+        lost[name] = {path: here.get(path, "missing") for path in record.export.paths if here.get(path) != LIVE}
     # All at once: each path that does not answer takes the whole time.
-    answering = volumes.fabrics.probe([path for states in lost.values() for path in states], _PROBE_S, _PROBE_S)
-    for name, states in lost.items():
-        level = error if len(states) == len(records[name].export.paths) else warning
-        for path, state in states.items():
+    answering = volumes.fabrics.probe([path for paths in lost.values() for path in paths], _PROBE_S, _PROBE_S)
+    for name, paths in lost.items():
+        level = error if len(paths) == len(records[name].export.paths) else warning
+        for path, state in paths.items():
             answer = "a target answers there" if path in answering else "no target answers there"
             yield level(f"volume {name}: path {path} is {state}; {answer}")
     for orphan in keeper.orphans():
         fix = "see the log of the node's container: it ends a connection that is proven to be unused"
         yield warning(f"{orphan.nqn} is connected, and no volume here uses it", fix=fix)
     yield ok(f"volumes connected over NVMe/TCP: {len(records)}")
+
+
+def _paths_by_subsystem(sysfs: Sysfs) -> dict[str, dict[str, str]]:
+    """Return the states of all paths of this machine by NQN; reads each controller once."""
+    found: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for controller in (sysfs.controller(name) for name, _ in sysfs.entries()):
+        found[sysfs.nqn(controller.name)][controller.path] = controller.state
+    return found

@@ -30,7 +30,7 @@ from csi_driver.host_model import (
     VolumeStatus,
 )
 from csi_driver.model import Capability, Usage
-from csi_driver.nvme_model import ConnectOptions, NvmeExport
+from csi_driver.nvme_model import ConnectedVolume
 
 
 class Devices(Protocol):
@@ -83,21 +83,11 @@ class Devices(Protocol):
     def reference_ids(self, name: str) -> tuple[str, ...] | None:
         """Return the reference IDs of this node for the volume; None = not known now."""
 
-    def connect(
-        self,
-        name: str,
-        uuid: str,
-        export: NvmeExport,
-        size_bytes: int,
-        holder: str,
-        options: ConnectOptions,
-        *,
-        deadline: Deadline,
-    ) -> None:
-        """Connect the volume by NVMe/TCP and make its device; may be repeated.
+    def connect(self, volume: ConnectedVolume, holder: str, *, deadline: Deadline) -> None:
+        """Connect the volume by NVMe/TCP, prove its namespace and make its device; may be repeated.
 
-        `holder`: the staging path, kept in the status of the volume until `disconnect`. `size_bytes`: 0 = unknown.
-        Raises `PreconditionFailed` where the target refuses, and `StorageUnavailable`.
+        `holder`: the staging path, kept in the status of the volume until `disconnect`. Raises `PreconditionFailed` for
+        another namespace and where the target refuses, and `StorageUnavailable`.
         """
 
     def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:

@@ -35,6 +35,7 @@ from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, VolumeDevi
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
 from csi_driver.node.publish import STAGING_PATH, SharedReaders, writes_refused
 from csi_driver.node_settings import NodeSettings
+from csi_driver.nvme_model import ConnectedVolume
 from csi_driver.parameters.connection import connect_options
 from csi_driver.parameters.encryption import EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.parameters.mkfs import MkfsRequest
@@ -170,9 +171,11 @@ class Stage:
         if context.nvme is None:
             yield
             return
-        holder, options = str(path), connect_options(parameters)
+        wanted = ConnectedVolume(
+            volume.name, context.uuid, context.nvme, context.size_bytes, connect_options(parameters)
+        )
         connection = self._connection(volume)
-        was_held = connection is not None and holder in (connection.holders or ())
+        was_held = connection is not None and str(path) in (connection.holders or ())
         if connection is not None and connection.nqn != context.nvme.nqn:
             self._end_earlier(volume, path, connection, deadline)
         try:
@@ -180,9 +183,7 @@ class Stage:
                 raise PreconditionFailed(
                     f"volume {volume} was taken from this node ({connection.details}); detach it and attach it again"
                 )
-            self.devices.connect(
-                volume.name, context.uuid, context.nvme, context.size_bytes, holder, options, deadline=deadline
-            )
+            self.devices.connect(wanted, str(path), deadline=deadline)
             yield
         except (OperationPending, StorageUnavailable):
             raise

@@ -21,7 +21,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.host.connectors.loop import LoopDevices
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.nvme_model import NvmeExport, TargetExport, host_nqn, subsystem_nqn
+from csi_driver.nvme_model import ConnectedVolume, NvmeExport, TargetExport, host_nqn, subsystem_nqn
 from tests.bench.life import BLOCK, Life, new_volumes
 from tests.bench.measure import MIB, resident_mib, timed
 from tests.bench.report import Report
@@ -100,7 +100,7 @@ class Exports:
         nqn = subsystem_nqn(str(uuid.UUID(int=1 << 100)), volume, "1")
         self.target.apply(TargetExport(nqn, volume, file, port, (ADDRESS,), frozenset({host_nqn(NODE)})))
         offered = NvmeExport(nqn, (f"{ADDRESS}:{port}",), block_bytes)
-        self.volumes.connect(name, volume, offered, 0, "bench", deadline=Deadline.after(60))
+        self.volumes.connect(ConnectedVolume(name, volume, offered), "bench", deadline=Deadline.after(60))
         return DEVICES / name
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import DeadlineReached, HostFailure, PreconditionFailed, StorageUnavailable
+from csi_driver.host import nvme_host
 from csi_driver.host.block_devices import node_number
 from csi_driver.host.connectors.nvme import NvmeVolumes, Refused
 from csi_driver.host.connectors.nvme_paths import PathKeeper
@@ -32,6 +33,7 @@ from csi_driver.host.nvme_owners import Owners
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.host_model import DeviceNumber, VolumeStatus
 from csi_driver.nvme_model import (
+    ConnectedVolume,
     ConnectOptions,
     HostKeys,
     NvmeExport,
@@ -117,7 +119,8 @@ class Machine:
         within_s: float = WAIT_S,
     ) -> None:
         wanted = NvmeExport(export.nqn, paths or at(export).paths, block_bytes)
-        self.volumes.connect(name, export.uuid, wanted, size_bytes, holder, deadline=Deadline.after(within_s))
+        volume = ConnectedVolume(name, export.uuid, wanted, size_bytes)
+        self.volumes.connect(volume, holder, deadline=Deadline.after(within_s))
 
     @property
     def node(self) -> Path:
@@ -230,6 +233,30 @@ def test_a_repeated_connect_changes_nothing(machine: Machine, volume: str) -> No
     assert (machine.number(), machine.volumes.sysfs.entries()) == (number, entries)
 
 
+def test_neither_a_connect_nor_a_disconnect_looks_at_other_subsystems(
+    machine: Machine, volume: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.connect(machine.export(str(uuid.uuid4())), name="csi-other")
+    export = machine.export(volume, addresses=(V4, V6))
+    monkeypatch.setattr(nvme_host, "_entries", lambda directory: pytest.fail(f"{directory} was listed"))
+    machine.connect(export)
+    assert machine.io_enabled()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    monkeypatch.undo()
+    assert machine.volumes.sysfs.find(export.nqn) is None
+    assert machine.volumes.names() == {"csi-other"}
+
+
+def test_a_connection_whose_record_was_lost_is_found_by_the_connect(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    number = machine.number()
+    machine.volumes.records.remove(NAME)
+    machine.restarted()
+    machine.connect(export)
+    assert (machine.number(), machine.io_enabled()) == (number, True)
+
+
 def test_a_path_that_is_connected_is_not_connected_twice(machine: Machine, volume: str) -> None:
     export = machine.export(volume)
     machine.connect(export)
@@ -336,10 +363,10 @@ def test_a_device_node_is_not_made_again_after_the_disconnect(
 ) -> None:
     export = machine.export(volume)
     machine.connect(export)
-    record, seen_before = machine.volumes.records.all()[NAME], machine.volumes.subsystem(export.nqn)
+    record, seen_before = machine.volumes.records.all()[NAME], machine.volumes.sysfs.find(export.nqn)
     machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
     with monkeypatch.context() as patched:
-        patched.setattr(machine.volumes, "subsystem", lambda nqn: seen_before)
+        patched.setattr(machine.volumes.sysfs, "find", lambda nqn: seen_before)
         assert not machine.volumes.place_node(record)
     assert not machine.node.exists()
 
@@ -753,6 +780,25 @@ def test_a_disconnect_that_ends_late_leaves_the_connection_that_another_driver_h
     assert machine.status().nqn == later.nqn
 
 
+def test_a_disconnect_that_ends_late_leaves_the_connection_of_a_later_stage_of_the_same_attachment(
+    machine: Machine, volume: str
+) -> None:
+    first, export = machine.volumes, machine.export(volume)
+    machine.connect(export)
+    ended = first.end_subsystem
+
+    def end_late(nqn: str, deadline: Deadline) -> None:
+        ended(nqn, deadline)
+        second, _ = machine.restarted()
+        second.disconnect(NAME, HOLDER, deadline=soon())
+        machine.connect(export)
+
+    first.end_subsystem = end_late  # type: ignore[method-assign]
+    first.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.node.exists()
+    assert machine.io_enabled()
+
+
 def test_drivers_of_one_node_change_a_record_one_after_the_other(machine: Machine, volume: str) -> None:
     machine.connect(machine.export(volume))
     first, (second, _) = machine.volumes, machine.restarted()
@@ -918,6 +964,23 @@ def test_a_disconnect_waits_for_the_connect_of_a_path_that_is_not_published_any_
 
 
 @only_fake
+def test_a_connect_that_ends_after_another_driver_has_disconnected_the_volume_is_undone(
+    machine: Machine, volume: str, hanging: Hanging
+) -> None:
+    export = machine.export(volume)
+    kernel_of(machine).before_connect = hanging
+    with pytest.raises(DeadlineReached):
+        machine.connect(export, within_s=0.1)
+    (running,) = machine.volumes._jobs.running("connect")
+    assert hanging.entered.wait(WAIT_S)
+    machine.restarted()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    hanging.let_go.set()
+    running.result(WAIT_S)
+    assert machine.volumes.sysfs.find(export.nqn) is None
+
+
+@only_fake
 def test_a_connect_that_waits_behind_one_that_hangs_is_dropped_by_the_disconnect(
     machine: Machine, volume: str, hanging: Hanging
 ) -> None:
@@ -1026,7 +1089,7 @@ def outliving(machine: Machine, volume: str) -> TargetExport:
 
 
 def removal_s(machine: Machine, export: TargetExport) -> str:
-    subsystem = machine.volumes.subsystem(export.nqn)
+    subsystem = machine.volumes.sysfs.find(export.nqn)
     assert subsystem is not None
     return machine.volumes.sysfs.of_head(subsystem.name, subsystem.heads[0].name, "delayed_removal_secs")
 

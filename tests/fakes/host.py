@@ -40,7 +40,7 @@ from csi_driver.host_model import (
     StorageClient,
     VolumeStatus,
 )
-from csi_driver.nvme_model import ConnectOptions, NvmeExport
+from csi_driver.nvme_model import ConnectedVolume
 from tests.fakes.disks import MIB, FakeDisk, MountEntry
 from tests.fakes.filesystems import FakeFilesystems, FakeMounts
 from tests.fakes.luks import MAPPER_DIRECTORY, FakeEncryption
@@ -359,18 +359,8 @@ class FakeDevices:
         disk = self._host.disks.get(name)
         return self.connection(name) or (disk.status if disk is not None else None)
 
-    def connect(
-        self,
-        name: str,
-        uuid: str,
-        export: NvmeExport,
-        size_bytes: int,
-        holder: str,
-        options: ConnectOptions,
-        *,
-        deadline: Deadline,
-    ) -> None:
-        host = self._host
+    def connect(self, volume: ConnectedVolume, holder: str, *, deadline: Deadline) -> None:
+        host, name, uuid, export = self._host, volume.name, volume.uuid, volume.export
         host.step("before connect")
         found = host.connections.get(name)
         if found is not None and found.nqn != export.nqn:

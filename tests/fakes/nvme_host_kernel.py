@@ -153,7 +153,7 @@ class HostKernel:
                     if (each.nqn, each.path, each.host) == (options["nqn"], path, options["hostnqn"]):
                         raise OSError(errno.EALREADY, "already connected")
                 made = _Controller(
-                    _free(f"{self.root}/class/nvme/nvme"),
+                    self._free_name(),
                     options["nqn"],
                     options["hostnqn"],
                     options["hostid"],
@@ -178,7 +178,7 @@ class HostKernel:
     def _add(self, controller: _Controller) -> None:
         subsystem = next((each for each in self.subsystems if each.nqn == controller.nqn), None)
         if subsystem is None:
-            subsystem = _Subsystem(_free(f"{self.root}/class/nvme-subsystem/nvme-subsys"), controller.nqn)
+            subsystem = _Subsystem(f"nvme-subsys{controller.name.removeprefix('nvme')}", controller.nqn)
             self.subsystems.append(subsystem)
             _write(self._of(subsystem) / "subsysnqn", subsystem.nqn)
         subsystem.controllers.append(controller)
@@ -322,6 +322,12 @@ class HostKernel:
     def _controllers(self) -> list[_Controller]:
         return [each for subsystem in self.subsystems for each in subsystem.controllers]
 
+    def _free_name(self) -> str:
+        """The number of a controller stays in use while a subsystem has it, that of its first controller."""
+        taken = {each.name.removeprefix("nvme") for each in self._controllers()}
+        taken |= {each.name.removeprefix("nvme-subsys") for each in self.subsystems}
+        return next(f"nvme{number}" for number in itertools.count() if str(number) not in taken)
+
     def _of(self, item: _Subsystem | _Controller) -> Path:
         kind = "nvme-subsystem" if isinstance(item, _Subsystem) else "nvme"
         return self.root / "class" / kind / item.name
@@ -383,10 +389,14 @@ class _FakeSysfs(Sysfs):
         self._kernel.reads.append(f"{controller}/state")
         return super().state(controller)
 
-    def find(self, nqn: str, hint: str = "") -> Subsystem | None:
+    def find(self, nqn: str) -> Subsystem | None:
         self._kernel.work()
         self._kernel.reads.append(nqn)
-        return super().find(nqn, hint)
+        return super().find(nqn)
+
+    def is_at(self, subsystem: str, nqn: str) -> bool:
+        self._kernel.work()
+        return super().is_at(subsystem, nqn)
 
     def tune_head(self, subsystem: str, head: str, attribute: str, value: str) -> None:
         file = self._kernel.root / "class/nvme-subsystem" / subsystem / head / attribute
@@ -395,12 +405,6 @@ class _FakeSysfs(Sysfs):
 
     def delete(self, controller: str, nqn: str) -> None:
         self._kernel.delete(controller, nqn)
-
-
-def _free(prefix: str) -> str:
-    return next(
-        f"{Path(prefix).name}{number}" for number in itertools.count() if not os.path.lexists(f"{prefix}{number}")
-    )
 
 
 def _read(file: Path) -> str:

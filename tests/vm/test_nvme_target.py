@@ -20,7 +20,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.freeze import Freezer
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.nvme_model import NvmeExport, TargetExport, host_nqn, subsystem_nqn
+from csi_driver.nvme_model import ConnectedVolume, NvmeExport, TargetExport, host_nqn, subsystem_nqn
 from tests.contract.host_machine import shell
 from tests.contract.raw_nvme_host import BLOCK_BYTES, RawHost, block, in_file
 from tests.reflink_pool import mounted
@@ -70,7 +70,8 @@ class Machine:
         """Connect by the kernel; return the device."""
         name = f"csi-{export.port}"
         paths = NvmeExport(export.nqn, (f"127.0.0.1:{export.port}",))
-        self.volumes.connect(name, export.uuid, paths, 8 * MIB, "/stage", deadline=Deadline.after(60))
+        volume = ConnectedVolume(name, export.uuid, paths, 8 * MIB)
+        self.volumes.connect(volume, "/stage", deadline=Deadline.after(60))
         self.stack.callback(self.volumes.disconnect, name, "/stage", deadline=Deadline.after(120))
         return self.directory / "dev" / name
 

@@ -35,7 +35,7 @@ from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, NO_SUBSYSTEM, Fabrics,
 from csi_driver.host.nvme_keys import NodeKeys
 from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import DeviceNumber, VolumeStatus
-from csi_driver.nvme_model import KEEP_ALIVE_S, ConnectOptions, NvmeExport, host_nqn, host_uuid, split_path
+from csi_driver.nvme_model import KEEP_ALIVE_S, ConnectedVolume, NvmeExport, host_nqn, host_uuid, split_path
 from csi_driver.thread_pool import Job, Pool, SharedJobs
 
 PROBE_S = 1.0
@@ -81,7 +81,6 @@ class NvmeVolumes:
         self.sysfs = sysfs or Sysfs()
         self.clock = clock
         self._has_loaded = False
-        self._hints: dict[str, str] = {}
         self._options: frozenset[str] | None = None
         self._jobs = SharedJobs()
         self._connecting = Pool("nvme-connect", 1)
@@ -103,124 +102,121 @@ class NvmeVolumes:
 
     # --- connect ---------------------------------------------------------------------------------------------------
 
-    def connect(
-        self,
-        name: str,
-        uuid: str,
-        export: NvmeExport,
-        size_bytes: int,
-        holder: str,
-        options: ConnectOptions | None = None,
-        *,
-        deadline: Deadline,
-    ) -> None:
-        """Connect a volume, prove its namespace, and make its device node; may be repeated.
-
-        One live path is enough; the path keeper connects the others. `size_bytes`: the volume had it when it was
-        published, 0 = unknown. Raises `PreconditionFailed` for another namespace and a refusal, `DeadlineReached`.
-        """
+    def connect(self, volume: ConnectedVolume, holder: str, *, deadline: Deadline) -> None:
+        """As `csi_driver.node.ports.Devices.connect`. One live path is enough; the path keeper connects the others."""
+        name, export = volume.name, volume.export
         if problem := export.problem:
             raise PreconditionFailed(f"NVMe export of volume {name}: {problem}")
         if why_not := self.why_not():
             raise PreconditionFailed(why_not)
-        wanted = Connection(name, uuid.lower(), export, size_bytes, options or ConnectOptions(), frozenset((holder,)))
+        record = Connection(name, volume.uuid.lower(), export, volume.size_bytes, volume.options, frozenset((holder,)))
         before = self.records.get(name)
-        if before is not None and before.uuid != wanted.uuid and not (before.is_ending or before.is_refused):
+        is_left = before is not None and (before.is_ending or before.is_refused)
+        if before is not None and before.uuid != record.uuid and not is_left:
             raise PreconditionFailed(
                 f"this node has connected another volume of the name {name}, {before.uuid}: unstage that one first"
             )
-        if before is not None and (before.export.nqn != export.nqn or before.is_ending or before.is_refused):
+        present: Collection[str] = ()  # without a record of this subsystem nothing is connected
+        if before is not None and (before.export.nqn != export.nqn or is_left):
             self._end(before, deadline)
         elif before is not None:
-            wanted = replace(wanted, holders=before.holders | wanted.holders)
-        self.records.put(wanted)
-        self._connect_paths(wanted, deadline)
-        if not deadline.wait_until(lambda: self.place_node(wanted), first_s=_FIRST_S, most_s=_MOST_S):
-            missing = why_no_io(wanted, self.subsystem(export.nqn)) or "its block device is not made yet"
+            record = replace(record, holders=before.holders | record.holders)
+            present = self._paths_of(record)
+        self.records.put(record)
+        self._connect_paths(record, [path for path in export.paths if path not in present], deadline)
+        if not deadline.wait_until(lambda: self.place_node(record), first_s=_FIRST_S, most_s=_MOST_S):
+            missing = why_no_io(record, self.sysfs.find(export.nqn)) or "its block device is not made yet"
             raise DeadlineReached(f"the device of volume {name} ({missing})")
 
-    def _connect_paths(self, wanted: Connection, deadline: Deadline) -> None:
-        present = self._paths_of(wanted)
-        missing = [path for path in wanted.export.paths if path not in present]
+    def _connect_paths(self, record: Connection, missing: Collection[str], deadline: Deadline) -> None:
         if not missing:
             return
         answered = self.fabrics.probe(missing, min(PROBE_S, deadline.remaining_s()))
         failures: list[DriverError] = []
         for path in filter(answered.__contains__, missing):
             try:
-                self._wait(self.start_connect(wanted, path), f"volume {wanted.name} to connect at {path}", deadline)
+                self._wait(self.start_connect(record, path), f"volume {record.name} to connect at {path}", deadline)
             except DriverError as failure:
                 failures.append(failure)
-        if self._paths_of(wanted):
+        if self._paths_of(record):
             return
         if any(isinstance(each, Refused) for each in failures):
-            self.mark_refused(wanted)
+            self.mark_refused(record)
         if failures:
             raise failures[0]
         raise StorageUnavailable(
-            f"no path of volume {wanted.name} accepts a connection within {PROBE_S:.0f} s: "
-            f"{', '.join(wanted.export.paths)}; check the storage machine and its network, a retry continues"
+            f"no path of volume {record.name} accepts a connection within {PROBE_S:.0f} s: "
+            f"{', '.join(record.export.paths)}; check the storage machine and its network, a retry continues"
         )
 
-    def _paths_of(self, wanted: Connection) -> set[str]:
-        subsystem = self.subsystem(wanted.export.nqn)
-        return {each.path for each in subsystem.lasting} if subsystem is not None else set()
+    def _paths_of(self, record: Connection) -> frozenset[str]:
+        subsystem = self.sysfs.find(record.export.nqn)
+        return frozenset(each.path for each in subsystem.lasting) if subsystem is not None else frozenset()
 
-    def start_connect(self, wanted: Connection, path: str) -> Job[None]:
+    def start_connect(self, record: Connection, path: str) -> Job[None]:
         """Start to connect one path, unless that runs already."""
-        return self._jobs.start(
-            self._connecting, ("connect", wanted.export.nqn, path), lambda: self._connect(wanted, path)
-        )
+        work = partial(self._connect, record, path)
+        return self._jobs.start(self._connecting, ("connect", record.export.nqn, path), work)
 
-    def _connect(self, wanted: Connection, path: str) -> None:
-        record = self.records.get(wanted.name)
-        if record is None or record.export.nqn != wanted.export.nqn or record.is_ending or record.is_refused:
-            return  # given up since
-        about = f"volume {wanted.name} at {path}"
+    def _connect(self, record: Connection, path: str) -> None:
+        if not self._is_wanted(record):
+            return
+        about, nqn = f"volume {record.name} at {path}", record.export.nqn
         try:
-            self.fabrics.connect(about, self._connect_options(wanted, path))
+            controller = self.fabrics.connect(about, self._connect_options(record, path))
         except SystemCallFailed as failure:
             if failure.errno in _ALREADY_CONNECTED:
                 return
-            if failure.errno in _KEY_FAILURES:
-                if self.keys is not None:
-                    self.keys.rejected()
-                raise StorageUnavailable(
-                    f"connect {about}: the target does not accept the key of this node, or has not proven its own "
-                    f"({os.strerror(failure.errno)}); the node registers its key again where --nvme-register-url is "
-                    "set, and a retry continues"
-                ) from failure
-            node_id = self.node_id()
-            answer = self.fabrics.ask(path, wanted.export.nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
-            if answer == NO_SUBSYSTEM:  # no proof that the volume is another node's
-                raise StorageUnavailable(
-                    f"connect {about}: something else is exported there: the attachment has ended, or the address or "
-                    "--export-ports of the storage machine are also another one's; a retry continues"
-                ) from failure
-            if answer == HOST_REFUSED:
-                raise Refused(
-                    f"connect {about}: the storage machine refuses this node: the attachment has ended, or another "
-                    "node has taken the volume over; detach the volume and attach it again"
-                ) from failure
-            if answer == 0 and self.keys is not None:
-                self.keys.rejected()  # Linux 7.3 tells a wrong key as a connection that broke, a minute later
-                raise StorageUnavailable(
-                    f"{failure}, although the target lets this node in: its key may be wrong and is registered again; "
-                    "a retry continues"
-                ) from failure
-            raise StorageUnavailable(f"{failure}; a retry continues") from failure
+            raise self._connect_failure(failure, about, path, nqn) from failure
+        self.sysfs.connected(controller, nqn)
+        if not self._is_wanted(record):  # another driver of this node has disconnected the volume meanwhile
+            self.sysfs.delete(controller, nqn)
 
-    def _connect_options(self, wanted: Connection, path: str) -> dict[str, str]:
+    def _connect_failure(self, failure: SystemCallFailed, about: str, path: str, nqn: str) -> DriverError:
+        """Return the error of a connect, by what the target says: the kernel tells every refusal as the same one."""
+        if failure.errno in _KEY_FAILURES:
+            if self.keys is not None:
+                self.keys.rejected()
+            return StorageUnavailable(
+                f"connect {about}: the target does not accept the key of this node, or has not proven its own "
+                f"({os.strerror(failure.errno)}); the node registers its key again where --nvme-register-url is "
+                "set, and a retry continues"
+            )
+        node_id = self.node_id()
+        answer = self.fabrics.ask(path, nqn, host_nqn(node_id), host_uuid(node_id), PROBE_S)
+        if answer == NO_SUBSYSTEM:  # no proof that the volume is another node's
+            return StorageUnavailable(
+                f"connect {about}: something else is exported there: the attachment has ended, or the address or "
+                "--export-ports of the storage machine are also another one's; a retry continues"
+            )
+        if answer == HOST_REFUSED:
+            return Refused(
+                f"connect {about}: the storage machine refuses this node: the attachment has ended, or another "
+                "node has taken the volume over; detach the volume and attach it again"
+            )
+        if answer == 0 and self.keys is not None:
+            self.keys.rejected()  # Linux 7.3 tells a wrong key as a connection that broke, a minute later
+            return StorageUnavailable(
+                f"{failure}, although the target lets this node in: its key may be wrong and is registered again; "
+                "a retry continues"
+            )
+        return StorageUnavailable(f"{failure}; a retry continues")
+
+    def _is_wanted(self, record: Connection) -> bool:
+        now = self.records.get(record.name)
+        return now is not None and now.export.nqn == record.export.nqn and not (now.is_ending or now.is_refused)
+
+    def _connect_options(self, record: Connection, path: str) -> dict[str, str]:
         if self._options is None:
             self._options = self.fabrics.options()
         node_id, (address, port) = self.node_id(), split_path(path)
-        asked = wanted.options
+        asked = record.options
         keys = self.keys.get() if self.keys is not None else None
         options = {
             "transport": "tcp",
             "traddr": address,
             "trsvcid": str(port),
-            "nqn": wanted.export.nqn,
+            "nqn": record.export.nqn,
             "hostnqn": host_nqn(node_id),
             "hostid": host_uuid(node_id),
             "nr_io_queues": str(asked.io_queues or min(MOST_IO_QUEUES, os.cpu_count() or 1)),
@@ -242,20 +238,12 @@ class NvmeVolumes:
 
     # --- device ----------------------------------------------------------------------------------------------------
 
-    def subsystem(self, nqn: str) -> Subsystem | None:
-        found = self.sysfs.find(nqn, self._hints.get(nqn, ""))
-        if found is None:
-            self._hints.pop(nqn, None)
-        else:
-            self._hints[nqn] = found.name
-        return found
-
     def place_node(self, record: Connection) -> bool:
         """Make the device node of a proven namespace; False while there is none.
 
         Raises `PreconditionFailed` when the subsystem has another namespace than the volume's.
         """
-        subsystem = self.subsystem(record.export.nqn)
+        subsystem = self.sysfs.find(record.export.nqn)
         if subsystem is None or not subsystem.heads:
             return False
         head = proven(record, subsystem)
@@ -277,7 +265,7 @@ class NvmeVolumes:
         record = self.records.get(name)
         if record is None:
             return None
-        subsystem = self.subsystem(record.export.nqn)
+        subsystem = self.sysfs.find(record.export.nqn)
         head = next(iter(subsystem.heads), None) if subsystem is not None else None
         why_not = why_no_io(record, subsystem)
         return VolumeStatus(
@@ -329,14 +317,14 @@ class NvmeVolumes:
         node = self._device_root / record.name
         with self.records.changing():
             now = self.records.get(record.name)
-            if now is None or now.export.nqn != record.export.nqn:
-                return  # another driver of this node was quicker, and may have connected the volume anew
+            if now is None or now.export.nqn != record.export.nqn or not now.is_ending:
+                return  # another driver of this node was quicker, and may have connected the volume again
             if block_devices.node_number(node) is not None:
                 node.unlink(missing_ok=True)
             self.records.remove(record.name)
 
     def _require_unclaimed(self, record: Connection) -> None:
-        subsystem = self.subsystem(record.export.nqn)
+        subsystem = self.sysfs.find(record.export.nqn)
         if subsystem is None or not any(each.is_usable for each in subsystem.controllers):
             return  # nothing is lost any more, or to open the device could hang
         for head in subsystem.heads:
@@ -354,37 +342,41 @@ class NvmeVolumes:
 
     def end_subsystem(self, nqn: str, deadline: Deadline) -> None:
         """End all connections of this node to a subsystem, and wait until it has left sysfs. Its device is closed."""
-        for job in self.start_deletes(nqn):
+        subsystem = self.sysfs.find(nqn)
+        if subsystem is None:
+            return
+        for job in self._start_deletes(subsystem):
             self._wait(job, f"the paths of the NVMe subsystem {nqn} to close", deadline)
-        if not deadline.wait_until(lambda: self.subsystem(nqn) is None, first_s=_FIRST_S, most_s=_MOST_S):
+        is_at = partial(self.sysfs.is_at, subsystem.name, nqn)
+        if not deadline.wait_until(lambda: not is_at(), first_s=_FIRST_S, most_s=_MOST_S):
             raise DeadlineReached(f"the NVMe subsystem {nqn} to leave the kernel")
 
-    def start_deletes(self, nqn: str, keep: Collection[str] = ()) -> list[Job[None]]:
+    def start_deletes(self, nqn: str, keep: Collection[str] = ()) -> None:
         """Start to end all paths but those to `keep`; with none to keep, I/O that waits for a path fails."""
-        subsystem = self.subsystem(nqn)
-        if subsystem is None:
-            return []
+        if (subsystem := self.sysfs.find(nqn)) is not None:
+            self._start_deletes(subsystem, keep)
+
+    def _start_deletes(self, subsystem: Subsystem, keep: Collection[str] = ()) -> list[Job[None]]:
         ended = [each.name for each in subsystem.controllers if each.path not in keep]
         if not ended and not keep:
-            return [self._jobs.start(self._deleting, ("fail", nqn), partial(self._fail_waiting, nqn))]
-        works = ((each, partial(self._delete, nqn, each, is_last=not keep)) for each in ended)
-        return [self._jobs.start(self._deleting, ("delete", nqn, each), work) for each, work in works]
+            work = partial(self._fail_waiting, subsystem)
+            return [self._jobs.start(self._deleting, ("fail", subsystem.nqn), work)]
+        works = ((each, partial(self._delete, subsystem, each, is_last=not keep)) for each in ended)
+        return [self._jobs.start(self._deleting, ("delete", subsystem.nqn, each), work) for each, work in works]
 
-    def _delete(self, nqn: str, controller: str, *, is_last: bool) -> None:
+    def _delete(self, subsystem: Subsystem, controller: str, *, is_last: bool) -> None:
         if is_last:
-            self._fail_waiting(nqn)
-        self.sysfs.delete(controller, nqn)
+            self._fail_waiting(subsystem)
+        self.sysfs.delete(controller, subsystem.nqn)
 
-    def _fail_waiting(self, nqn: str) -> None:
-        subsystem = self.subsystem(nqn)
-        if subsystem is not None:
-            for head in subsystem.heads:
-                if self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL) not in ("", "0"):
-                    self.sysfs.tune_head(subsystem.name, head.name, DELAYED_REMOVAL, "0")
+    def _fail_waiting(self, subsystem: Subsystem) -> None:
+        for head in subsystem.heads if self.sysfs.is_at(subsystem.name, subsystem.nqn) else ():
+            if self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL) not in ("", "0"):
+                self.sysfs.tune_head(subsystem.name, head.name, DELAYED_REMOVAL, "0")
 
     def mark_refused(self, record: Connection) -> None:
         """Note that the target does not let this node in, unless a path is live, and fail what waits for a path."""
-        subsystem = self.subsystem(record.export.nqn)
+        subsystem = self.sysfs.find(record.export.nqn)
         if subsystem is None or not any(each.state == LIVE for each in subsystem.controllers):
             self.records.change(record, lambda now: replace(now, is_refused=True))
             self.start_deletes(record.export.nqn)

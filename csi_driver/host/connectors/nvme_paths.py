@@ -83,7 +83,7 @@ class PathKeeper:
         if record.is_refused:
             self.volumes.start_deletes(record.export.nqn)
             return []
-        subsystem = self.volumes.subsystem(record.export.nqn)
+        subsystem = self.volumes.sysfs.find(record.export.nqn)
         controllers = subsystem.lasting if subsystem is not None else []
         live = {each.path for each in controllers if each.state == LIVE and each.path in record.export.paths}
         if live and any(each.path not in record.export.paths for each in controllers):
@@ -165,7 +165,7 @@ class PathKeeper:
             if NvmeExport(nqn, ()).pool not in records.pools or records.unreadable:
                 continue  # a record that cannot be read may name it
             is_own = sysfs.host_nqn(nqns[nqn]) == host_nqn(self.volumes.node_id())
-            subsystem = self.volumes.subsystem(nqn) if is_own else None
+            subsystem = sysfs.find(nqn) if is_own else None
             if subsystem is not None:
                 found[nqn] = NvmeOrphan(nqn, subsystem.heads[0].number if subsystem.heads else None)
         return tuple(found.values())
@@ -174,7 +174,7 @@ class PathKeeper:
         volumes, paths, failovers, requeued = Counter[str](), Counter[str](), 0, 0
         sysfs = self.volumes.sysfs
         for record in self.volumes.records.all().values():
-            subsystem = self.volumes.subsystem(record.export.nqn)
+            subsystem = self.volumes.sysfs.find(record.export.nqn)
             why_not = why_no_io(record, subsystem)
             volumes["fenced" if record.is_refused else "no_path" if why_not else "ready"] += 1
             controllers = subsystem.controllers if subsystem is not None else ()

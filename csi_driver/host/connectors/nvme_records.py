@@ -19,25 +19,20 @@ from pathlib import Path
 from csi_driver.errors import HostFailure, SystemCallFailed
 from csi_driver.host.syscalls import closing, system_call
 from csi_driver.model import is_uuid, is_volume_name
-from csi_driver.nvme_model import ConnectOptions, NvmeExport
+from csi_driver.nvme_model import ConnectedVolume, ConnectOptions, NvmeExport
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".json"
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
-    """The parameters of a connection. `holders`: the staging paths that use it. `is_ending`: it is being disconnected.
+class Connection(ConnectedVolume):
+    """The record of a connection. `holders`: the staging paths that use it. `is_ending`: it is being disconnected.
 
     `is_refused`: the target does not let this node in any more; it is never connected again.
     """
 
-    name: str
-    uuid: str
-    export: NvmeExport
-    size_bytes: int
-    options: ConnectOptions
-    holders: frozenset[str]
+    holders: frozenset[str] = frozenset()
     is_ending: bool = False
     is_refused: bool = False
 

@@ -33,9 +33,9 @@ class Counted:
         (self.directory / name).mkdir()
         (self.directory / name / "subsysnqn").write_text(f"{nqn}\n")
 
-    def reads_for(self, nqn: str, hint: str = "") -> int:
+    def reads_for(self, nqn: str) -> int:
         self.reads = 0
-        self.sysfs.find(nqn, hint)
+        self.sysfs.find(nqn)
         return self.reads
 
 
@@ -52,7 +52,24 @@ def test_a_subsystem_is_read_once_in_all_searches(counted: Counted) -> None:
     assert counted.reads_for("nqn-absent") == 0
     counted.add("nvme-subsys99", "nqn-new")
     assert counted.reads_for("nqn-new") == 1
-    assert counted.reads_for("nqn-new", "nvme-subsys99") == 1
+    assert counted.reads_for("nqn-new") == 1
+
+
+def test_the_subsystem_of_a_new_connection_is_found_without_a_look_at_the_others(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted.add("nvme-subsys77", "nqn-new")
+    monkeypatch.setattr(nvme_host, "_entries", lambda directory: pytest.fail(f"{directory} was listed"))
+    counted.sysfs.connected("nvme77", "nqn-new")
+    assert counted.reads_for("nqn-new") == 1
+
+
+def test_a_further_controller_of_a_subsystem_does_not_tell_its_place(counted: Counted) -> None:
+    counted.sysfs.connected("nvme8", "nqn-7")
+    counted.sysfs.connected("nvme99", "nqn-7")
+    found = counted.sysfs.find("nqn-7")
+    assert found is not None
+    assert (found.name, found.nqn) == ("nvme-subsys7", "nqn-7")
 
 
 def test_a_subsystem_that_got_the_name_of_another_one_is_read_again(counted: Counted) -> None:
