@@ -105,10 +105,14 @@ class Sysfs:
     def find(self, nqn: str) -> Subsystem | None:
         """Return the subsystem of that name. Only one that is not where it was takes a look at all subsystems."""
         if not self.is_at(self._places.get(nqn, ""), nqn):
-            seen = {entry: self._nqns.get(entry) or self._nqn_of(entry[0]) for entry in _entries(self._subsystems)}
-            self._nqns, self._places = seen, {known: name for (name, _), known in seen.items()}
+            self.look_at_all()
         name = self._places.get(nqn)
         return self._described(name, nqn) if name is not None else None
+
+    def look_at_all(self) -> None:
+        """Note the places of all subsystems; reads the names of those that are new."""
+        seen = {entry: self._nqns.get(entry) or self._nqn_of(entry[0]) for entry in _entries(self._subsystems)}
+        self._nqns, self._places = seen, {nqn: name for (name, _), nqn in seen.items()}
 
     def connected(self, controller: str, nqn: str) -> None:
         """Note the place of a subsystem that this controller is the first one of: it gets the controller's number."""

@@ -398,6 +398,10 @@ class _FakeSysfs(Sysfs):
         self._kernel.work()
         return super().is_at(subsystem, nqn)
 
+    def look_at_all(self) -> None:
+        self._kernel.reads.append("subsystems")
+        super().look_at_all()
+
     def tune_head(self, subsystem: str, head: str, attribute: str, value: str) -> None:
         file = self._kernel.root / "class/nvme-subsystem" / subsystem / head / attribute
         if file.exists():
