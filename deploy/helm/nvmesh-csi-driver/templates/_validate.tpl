@@ -85,7 +85,7 @@
 {{- end -}}
 {{- if include "nvmesh-csi.isExported" . -}}
 {{- if not $nvme.addresses -}}
-{{- fail (printf "storage.nvme.addresses is empty: name the addresses of %s in the storage network; none is guessed, as whoever reaches an export can attack it" $storage.nodeName) -}}
+{{- fail (printf "storage.nvme.addresses is empty: name the addresses of %s in the storage network; none is guessed, as every machine that reaches an export can attack it" $storage.nodeName) -}}
 {{- end -}}
 {{- range $nvme.addresses -}}
 {{- if regexMatch "^(0\\.0\\.0\\.0|::|127\\..*|::1|169\\.254\\..*|[fF][eE]80:.*)$" . -}}
