@@ -5,7 +5,7 @@ configfs holds all state and is read back. An export has TCP ports of its own: w
 gets "connection refused", which it retries, while a port that serves other exports would refuse it for ever.
 
 A host is cut off by its connections, because removing it from the allowed hosts stops only new ones. Without a link
-nobody can connect, and the kernel closes all connections; it gives a socket back after the last request of its queue.
+no host can connect, and the kernel closes all connections; it releases a socket after the last request of its queue.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,24 +20,20 @@ from functools import partial
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
-from csi_driver.errors import (
-    CommandFailed,
-    CommandTimedOut,
-    HostFailure,
-    PreconditionFailed,
-    SystemCallFailed,
-    ToolMissing,
+from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
+from csi_driver.host import sock_diag
+from csi_driver.host.nvme_configfs import (
+    Configfs,
+    exports_of,
+    hosts_of,
+    load_module,
+    namespace_of,
+    port_of,
+    subsystem_of,
 )
-from csi_driver.host import sock_diag, syscalls
-from csi_driver.host.processes import run
-from csi_driver.host.syscalls import closing, read_file, system_call
 from csi_driver.nvme_model import SUBSYSTEM_PREFIX, Connection, HostKeys, TargetExport, pool_prefix
 from csi_driver.thread_pool import Job, Pool, SharedJobs
 
-_CONFIGFS = Path("/sys/kernel/config")
-_MODULE = Path("/sys/module/nvmet_tcp")
-_MODULE_TIMEOUT_S = 20.0
-_ATTRIBUTE_BYTES = 4096
 _DISABLED_AT_ONCE = 8
 MOST_ADDRESSES = 8
 PORT_STRIDE = 8192
@@ -49,66 +44,6 @@ _MODEL = "nvmesh-csi"
 _ANY_HOST = "*"
 _PLACE = ("trtype", "adrfam", "traddr", "trsvcid")
 _KEYS = ("dhchap_key", "dhchap_ctrl_key")
-
-
-class Configfs:
-    """Files of the kernel's target below `root`; paths are relative to it. Raises SystemCallFailed."""
-
-    def __init__(self, root: Path = _CONFIGFS / "nvmet") -> None:
-        self.root = root
-
-    def prepare(self) -> None:
-        """Load the modules and mount configfs, where needed."""
-        if not (self.has("subsystems") and _MODULE.is_dir()):
-            load_module("nvmet-tcp")
-        if not self.has("subsystems"):
-            syscalls.mount("configfs", self.root.parent, "configfs", 0, "")
-
-    def is_writable(self) -> bool:
-        return os.access(self.root / "hosts", os.W_OK)
-
-    def read(self, path: str) -> str:
-        with system_call(f"read {self.root}/{path}"):
-            return os.fsdecode(read_file(f"{self.root}/{path}", _ATTRIBUTE_BYTES)).strip()
-
-    def write(self, path: str, text: str) -> None:
-        with (
-            system_call(f"write {self.root}/{path}"),
-            closing(os.open(f"{self.root}/{path}", os.O_WRONLY | os.O_CLOEXEC)) as fd,
-        ):
-            os.write(fd, os.fsencode(text))
-
-    def protect(self, path: str) -> None:
-        """Make an attribute readable by root only; the kernel makes all of them readable."""
-        with system_call(f"protect {self.root}/{path}"):
-            os.chmod(f"{self.root}/{path}", 0o600)
-
-    def names(self, path: str) -> list[str]:
-        with system_call(f"list {self.root}/{path}"):
-            return sorted(os.listdir(f"{self.root}/{path}"))
-
-    def has(self, path: str) -> bool:
-        return os.path.lexists(f"{self.root}/{path}")
-
-    def make(self, path: str) -> None:
-        with system_call(f"make {self.root}/{path}"):
-            os.mkdir(f"{self.root}/{path}")
-
-    def listening(self, ports: Collection[int]) -> frozenset[int]:
-        """Return those of the ports that the kernel listens on in this network namespace."""
-        return sock_diag.listening(ports)
-
-    def remove(self, path: str) -> None:
-        with system_call(f"remove {self.root}/{path}"):
-            os.rmdir(f"{self.root}/{path}")
-
-    def link(self, target: str, path: str) -> None:
-        with system_call(f"link {self.root}/{path}"):
-            os.symlink(f"{self.root}/{target}", f"{self.root}/{path}")
-
-    def unlink(self, path: str) -> None:
-        with system_call(f"unlink {self.root}/{path}"):
-            os.unlink(f"{self.root}/{path}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +111,7 @@ class NvmeTarget:
         return self.sockets(ports)
 
     def grow(self, export: TargetExport) -> None:
-        self.files.write(f"{_namespace(export.nqn)}/revalidate_size", "1")
+        self.files.write(f"{namespace_of(export.nqn)}/revalidate_size", "1")
 
     def apply(self, export: TargetExport, keys: Mapping[str, HostKeys] = {}) -> TargetExport:
         self._await_disabled(export.nqn)
@@ -202,26 +137,26 @@ class NvmeTarget:
         self._close_ports(export)
         for number in _port_numbers(export.port) if export.port else self.files.names("ports"):
             self._remove_port(number)
-        is_there = files.has(_subsystem(nqn))
-        for host in {*export.hosts, *(files.names(f"{_subsystem(nqn)}/allowed_hosts") if is_there else ())}:
+        is_there = files.has(subsystem_of(nqn))
+        for host in {*export.hosts, *(files.names(hosts_of(nqn)) if is_there else ())}:
             self._forbid(nqn, host)
         if not is_there:
             return
-        if files.has(_namespace(nqn)):
+        if files.has(namespace_of(nqn)):
             self._disable(nqn)
-            files.remove(_namespace(nqn))
-        files.remove(_subsystem(nqn))
+            files.remove(namespace_of(nqn))
+        files.remove(subsystem_of(nqn))
 
     def _read(self, nqn: str, linked: Iterable[str]) -> TargetExport | None:
         """Return an export as it is, half made or half removed too; None when there is no trace of it."""
         files = self.files
-        if not files.has(_subsystem(nqn)):
+        if not files.has(subsystem_of(nqn)):
             return None
         places = sorted((self._place(number) for number in linked), key=lambda place: place.position)
-        hosts = frozenset(files.names(f"{_subsystem(nqn)}/allowed_hosts"))
-        if files.read(f"{_subsystem(nqn)}/attr_allow_any_host") == "1":
+        hosts = frozenset(files.names(hosts_of(nqn)))
+        if files.read(f"{subsystem_of(nqn)}/attr_allow_any_host") == "1":
             hosts |= {_ANY_HOST}
-        namespace, is_there = _namespace(nqn), files.has(_namespace(nqn))
+        namespace, is_there = namespace_of(nqn), files.has(namespace_of(nqn))
         return TargetExport(
             nqn=nqn,
             uuid=files.read(f"{namespace}/device_uuid") if is_there else "",
@@ -236,22 +171,18 @@ class NvmeTarget:
 
     def _links_of(self, export: TargetExport) -> list[str]:
         """Return the kernel's numbers of the ports that the export is linked to, at any address."""
-        return [
-            number
-            for number in _port_numbers(export.port)
-            if self.files.has(f"{_port(number)}/subsystems/{export.nqn}")
-        ]
+        return [number for number in _port_numbers(export.port) if self.files.has(f"{exports_of(number)}/{export.nqn}")]
 
     def _links(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for number in self.files.names("ports"):
-            for nqn in self.files.names(f"{_port(number)}/subsystems"):
+            for nqn in self.files.names(exports_of(number)):
                 found.setdefault(nqn, []).append(number)
         return found
 
     def _place(self, number: str) -> _Place:
-        port = self.files.read(f"{_port(number)}/addr_trsvcid")
-        return _Place(number, int(port or 0), self.files.read(f"{_port(number)}/addr_traddr"))
+        port = self.files.read(f"{port_of(number)}/addr_trsvcid")
+        return _Place(number, int(port or 0), self.files.read(f"{port_of(number)}/addr_traddr"))
 
     @staticmethod
     def _refuse_other_content(found: TargetExport | None, export: TargetExport) -> None:
@@ -263,7 +194,7 @@ class NvmeTarget:
             )
 
     def _is_kept(self, found: TargetExport, export: TargetExport) -> bool:
-        """Return whether no connection must be closed: it is linked as wanted, and to nobody else."""
+        """Return whether no connection must be closed: it has the right links, and no other host."""
         return (
             found.is_linked
             and export.is_linked
@@ -275,7 +206,7 @@ class NvmeTarget:
         )
 
     def _cut(self, export: TargetExport, found: TargetExport) -> None:
-        """Close all connections and wait until no I/O runs; then nobody can connect."""
+        """Close all connections and wait until no I/O runs; then no host can connect."""
         self._close_ports(export)
         for host in found.hosts - export.hosts - {_ANY_HOST}:
             self._forbid(export.nqn, host)
@@ -297,23 +228,23 @@ class NvmeTarget:
         if not Deadline.after(self.drained_within_s).wait_until(is_drained):
             raise self._not_drained(export.nqn, f" of {', '.join(running)}")
 
-    def _not_drained(self, nqn: str, whose: str = "") -> HostFailure:
-        about = f"export {nqn}: I/O{whose} has not ended within {self.drained_within_s:g} s"
+    def _not_drained(self, nqn: str, of_hosts: str = "") -> HostFailure:
+        about = f"export {nqn}: I/O{of_hosts} has not ended within {self.drained_within_s:g} s"
         return HostFailure(f"{about}; check the drive of the pool; retried")
 
     def _close_ports(self, export: TargetExport) -> None:
         for number in self._links_of(export):
-            self.files.unlink(f"{_port(number)}/subsystems/{export.nqn}")
+            self.files.unlink(f"{exports_of(number)}/{export.nqn}")
 
     def _remove_port(self, number: str) -> None:
-        """Remove a port that an export has left, and nobody uses now."""
+        """Remove a port that an export has left, unless another one uses it."""
         with self._shared:
-            is_left = self.files.has(_port(number)) and not self.files.names(f"{_port(number)}/subsystems")
+            is_left = self.files.has(port_of(number)) and not self.files.names(exports_of(number))
             if is_left and self._place(number).is_ours:
-                self.files.remove(_port(number))
+                self.files.remove(port_of(number))
 
     def _forbid(self, nqn: str, host: str) -> None:
-        link = f"{_subsystem(nqn)}/allowed_hosts/{host}"
+        link = f"{hosts_of(nqn)}/{host}"
         with self._shared:
             if self.files.has(link):
                 self.files.unlink(link)
@@ -322,8 +253,8 @@ class NvmeTarget:
                     self.files.remove(f"hosts/{host}")
 
     def _disable(self, nqn: str) -> None:
-        if self.files.has(_namespace(nqn)):
-            work = partial(self._set, f"{_namespace(nqn)}/enable", "0")
+        if self.files.has(namespace_of(nqn)):
+            work = partial(self._set, f"{namespace_of(nqn)}/enable", "0")
             self._await(nqn, self._disabling.start(self._pool, (nqn,), work))
 
     def _await_disabled(self, nqn: str) -> None:
@@ -332,7 +263,7 @@ class NvmeTarget:
             self._await(nqn, job)
 
     def _await(self, nqn: str, job: Job[None]) -> None:
-        """A drive that does not answer must not hold up other exports: only the first caller waits for it."""
+        """A drive that does not answer must not delay other exports: only the first caller waits for it."""
         try:
             job.result(0 if job.is_lost else self.drained_within_s)
         except TimeoutError:
@@ -348,7 +279,7 @@ class NvmeTarget:
             self.files.make(path)
 
     def _make_namespace(self, export: TargetExport) -> None:
-        subsystem, namespace = _subsystem(export.nqn), _namespace(export.nqn)
+        subsystem, namespace = subsystem_of(export.nqn), namespace_of(export.nqn)
         self._make(subsystem)
         self._set(f"{subsystem}/attr_allow_any_host", "0")
         self._make(namespace)
@@ -368,8 +299,8 @@ class NvmeTarget:
             self._make(f"hosts/{host}")
             if keys is not None and self._lacks_keys(host, keys):
                 self._put_keys(host, keys)
-            if not self.files.has(f"{_subsystem(nqn)}/allowed_hosts/{host}"):
-                self.files.link(f"hosts/{host}", f"{_subsystem(nqn)}/allowed_hosts/{host}")
+            if not self.files.has(f"{hosts_of(nqn)}/{host}"):
+                self.files.link(f"hosts/{host}", f"{hosts_of(nqn)}/{host}")
 
     def _lacks_keys(self, host: str, keys: HostKeys | None) -> bool:
         if keys is None:
@@ -401,30 +332,18 @@ class NvmeTarget:
 
     def _open_port(self, export: TargetExport, position: int, address: str) -> None:
         number = _port_number(export.port, position)
-        link = f"{_port(number)}/subsystems/{export.nqn}"
+        link = f"{exports_of(number)}/{export.nqn}"
         if self.files.has(link):
             return
         family = f"ipv{ipaddress.ip_address(address).version}"
         with self._shared:
-            self._make(_port(number))
-            if others := self.files.names(f"{_port(number)}/subsystems"):
+            self._make(port_of(number))
+            if others := self.files.names(exports_of(number)):
                 why = f"it is that of the export {others[0]}; use another range of ports"
                 raise SystemCallFailed(f"open port {export.port} at {address}", errno.EADDRINUSE, why)
             for name, value in zip(_PLACE, ("tcp", family, address, str(export.port)), strict=True):
-                self._set(f"{_port(number)}/addr_{name}", value)
-            self.files.link(_subsystem(export.nqn), link)
-
-
-def _subsystem(nqn: str) -> str:
-    return f"subsystems/{nqn}"
-
-
-def _namespace(nqn: str) -> str:
-    return f"subsystems/{nqn}/namespaces/1"
-
-
-def _port(number: str) -> str:
-    return f"ports/{number}"
+                self._set(f"{port_of(number)}/addr_{name}", value)
+            self.files.link(subsystem_of(export.nqn), link)
 
 
 def _port_numbers(port: int) -> list[str]:
@@ -433,9 +352,3 @@ def _port_numbers(port: int) -> list[str]:
 
 def _port_number(port: int, position: int) -> str:
     return str((port + position * PORT_STRIDE) % _PORTS)
-
-
-def load_module(module: str) -> None:
-    """Load a module; one that is built in cannot be, and that is no failure."""
-    with contextlib.suppress(ToolMissing, CommandFailed, CommandTimedOut):
-        run(("modprobe", module), timeout_s=_MODULE_TIMEOUT_S)

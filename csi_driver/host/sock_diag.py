@@ -46,7 +46,7 @@ def connections(ports: Collection[int]) -> Mapping[int, tuple[Connection, ...]]:
 
 
 def listening(ports: Collection[int]) -> frozenset[int]:
-    """Return those of the ports that somebody listens on, at any address. Raises SystemCallFailed."""
+    """Return those of the ports that are listened on, at any address. Raises SystemCallFailed."""
     return frozenset(each.port for each in _sockets(ports, 1 << SocketState.LISTEN.value))
 
 

@@ -24,7 +24,8 @@ import pytest
 
 from csi_driver.deadline import Deadline
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
-from csi_driver.host.nvme_target import Configfs, NvmeTarget
+from csi_driver.host.nvme_configfs import Configfs
+from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.nvme_model import HostKeys, SocketState, TargetExport, host_nqn, subsystem_nqn
 from tests.contract.raw_nvme_host import BLOCK_BYTES, RawHost, block, in_file
 from tests.fakes.nvme_kernel import Controller, NvmeKernel

@@ -90,7 +90,8 @@ class HostKernel:
         self.reads: list[str] = []
         """Names of the files read, for counting."""
         self.subsystems: list[_Subsystem] = []
-        self._lock = threading.RLock()
+        self._lock = target.lock
+        """That of the target, which tells of closed connections while it has its lock."""
         self._fabrics_lock = threading.Lock()
         self._removed = itertools.count()
         self._minors = itertools.count()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from csi_driver.host.nvme_target import Configfs
+from csi_driver.host.nvme_configfs import Configfs
 from csi_driver.host.syscalls import system_call
 from csi_driver.nvme_model import Connection, SocketState
 
@@ -127,9 +127,7 @@ class NvmeKernel:
         self.before_change: Callable[[str], None] = lambda change: None
         """Called before each change; what it raises ends the program that makes the change there."""
         self.on_drop: list[Callable[[Controller], None]] = []
-        """Called when the target has closed the connections of a controller."""
-        self.on_change: list[Callable[[], None]] = []
-        """Called after each change of configfs."""
+        """Called with the lock, when the target has closed the connections of a controller."""
         self.lock = threading.RLock()
         self.configfs: Configfs = _FakeConfigfs(self)
         self._numbers = 0
@@ -219,8 +217,9 @@ class NvmeKernel:
 
     def give_up(self, controller: Controller) -> None:
         """The keep-alive time of a dead host is over: the target closes its connections."""
-        controller.answers = False
-        self._drop([controller])
+        with self.lock:
+            controller.answers = False
+            self._drop([controller])
 
     def _drop(self, controllers: Collection[Controller]) -> None:
         for each in controllers:
@@ -495,7 +494,6 @@ class _FakeConfigfs(Configfs):
             if path.endswith("/enable") and text == "0":
                 self._kernel.await_drive(path.split("/")[1])
             self._kernel.write_attribute(path, text)
-        self._tell()
 
     def protect(self, path: str) -> None:
         with system_call(f"protect {path}"):
@@ -512,7 +510,6 @@ class _FakeConfigfs(Configfs):
     def make(self, path: str) -> None:
         with system_call(f"make {path}"):
             self._kernel.make(path)
-        self._tell()
 
     def listening(self, ports: Collection[int]) -> frozenset[int]:
         opened = {each.place[1] for each in self._kernel.ports.values() if each.subsystems}
@@ -521,18 +518,11 @@ class _FakeConfigfs(Configfs):
     def remove(self, path: str) -> None:
         with system_call(f"remove {path}"):
             self._kernel.remove(path)
-        self._tell()
 
     def link(self, target: str, path: str) -> None:
         with system_call(f"link {path}"):
             self._kernel.link(target, path)
-        self._tell()
 
     def unlink(self, path: str) -> None:
         with system_call(f"unlink {path}"):
             self._kernel.unlink(path)
-        self._tell()
-
-    def _tell(self) -> None:
-        for tell in self._kernel.on_change:
-            tell()

@@ -31,9 +31,9 @@ from csi_driver.errors import (
 from csi_driver.host import block_devices
 from csi_driver.host.connectors.nvme_proof import NAMESPACE, proven, why_no_io
 from csi_driver.host.connectors.nvme_records import Connection, Records
+from csi_driver.host.nvme_configfs import load_module
 from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, NO_SUBSYSTEM, Fabrics, Subsystem, Sysfs
 from csi_driver.host.nvme_keys import NodeKeys
-from csi_driver.host.nvme_target import load_module
 from csi_driver.host_model import DeviceNumber, VolumeStatus
 from csi_driver.nvme_model import KEEP_ALIVE_S, ConnectedVolume, NvmeExport, host_nqn, host_uuid, split_path
 from csi_driver.thread_pool import Job, Pool, SharedJobs
