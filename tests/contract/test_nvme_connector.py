@@ -825,6 +825,17 @@ def test_drivers_of_one_node_change_a_record_one_after_the_other(machine: Machin
     assert machine.status().holders == (HOLDER, "/staging/b", "/staging/c")
 
 
+def test_a_refusal_of_an_earlier_attachment_marks_no_later_one(machine: Machine, volume: str) -> None:
+    """The answer to a connect may come after another driver of the node has connected the volume anew."""
+    machine.connect(machine.export(volume))
+    first, earlier = machine.volumes, machine.volumes.records.all()[NAME]
+    machine.restarted()
+    machine.connect(machine.export(volume, token="2"))
+    first.mark_refused(earlier)
+    assert not machine.volumes.records.all()[NAME].is_refused
+    assert machine.io_enabled()
+
+
 def test_a_connection_without_a_record_is_an_orphan_and_ends_as_one(machine: Machine, volume: str) -> None:
     export = machine.export(volume)
     machine.connect(export)
