@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from csi_driver.background import Worker
 from csi_driver.embedded.clients import Clients, Pair
@@ -27,15 +26,11 @@ from csi_driver.embedded.model import (
     VOLUMES,
     Attachment,
     Volume,
-    client_hash,
 )
 from csi_driver.embedded.pool import Pool, VolumeLocks
-from csi_driver.embedded.store import Change, Store
+from csi_driver.embedded.store import Store
 from csi_driver.embedded.volumes import Volumes
-from csi_driver.errors import DriverError, HostFailure, PreconditionFailed, SystemCallFailed
-
-if TYPE_CHECKING:
-    from csi_driver.embedded.nvme_engine import NvmeEngine
+from csi_driver.errors import DriverError, HostFailure, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +77,7 @@ class Attacher:
                 _log.warning("a reader's copy without a device is left until the next attachment or start: %s", problem)
 
     def check(self) -> None:
-        """Repair what other programs removed of attached volumes, and check the volumes' files."""
+        """Repair attached volumes that other programs have damaged, and check the volumes' files."""
         for client, identity in [pair for engine in self.engines for pair in engine.pairs()]:
             with self.locks.hold(identity):
                 engine, wanted = self._engine(client), self.store.get(ATTACHMENTS, identity, client)
@@ -96,9 +91,9 @@ class Attacher:
         self.volumes.check_files()
         self.store.flush()
 
-    def look(self, engine: NvmeEngine) -> None:
-        """Look which nodes use their volumes, and continue what waits for one that does not."""
-        for client, identity in engine.look():
+    def settle_unused(self, pairs: Iterable[Pair]) -> None:
+        """Continue the detachments that waited for these clients, which do not use their volumes now."""
+        for client, identity in pairs:
             wanted = self.store.get(ATTACHMENTS, identity, client)
             if wanted is None or not wanted.is_attaching:
                 self.worker.later(*self._settling(client, identity), 0.0)
@@ -142,15 +137,15 @@ class Attacher:
         return engine.hold(client, identity)
 
     def has_device(self, identity: str) -> bool:
-        return any(True for _ in self._holders(identity))
+        return any(True for _ in self.holders(identity))
 
-    def _holders(self, identity: str) -> Iterator[str]:
+    def holders(self, identity: str) -> Iterator[str]:
         yield from self._left.get(identity, ())
         for engine in self.engines:
             yield from engine.holders(identity)
 
     def why_other_file(self, identity: str) -> str:
-        """Return why what a volume's devices write is not in its file: that one was replaced; "" when it is."""
+        """Return why the writes of a volume's devices are not in its file: that one was replaced; "" when they are."""
         file = self.pool.file(identity)
         for engine in self.engines:
             for client in engine.holders(identity):
@@ -220,7 +215,7 @@ class Attacher:
         wanted = self.store.get(ATTACHMENTS, identity, client)
         volume = self.store.get(VOLUMES, wanted.volume) if wanted is not None else None
         if volume is not None and volume.uuid == identity and hold.is_private:
-            self.pool.extend_private(self._copy_of(identity, client), volume.bytes)
+            self.pool.extend_private(self.pool.private_file(identity, client), volume.bytes)
         engine.grow(client, identity)
         if wanted is not None and volume is not None and wanted.is_attaching:
             engine.show(volume, wanted)
@@ -256,7 +251,7 @@ class Attacher:
         return True
 
     def _give(self, engine: Engine, volume: Volume, wanted: Attachment, *, private: bool) -> None:
-        self._secure_file(volume)
+        self.volumes.prepare_file(volume)
         file = self._private_copy(volume, wanted) if private else self.pool.file(wanted.uuid)
         try:
             engine.attach(volume, wanted, file, private=private)
@@ -266,18 +261,15 @@ class Attacher:
             raise
 
     def _private_copy(self, volume: Volume, wanted: Attachment) -> Path:
-        """Make a reader's copy; nobody writes to the volume now. One that is left over has no device.
+        """Make a reader's copy; the volume has no writer now. One that is left over has no device.
 
-        A node whose export went with a restart of this machine gets the same copy again: it has replayed the log there.
+        A node that lost its export in a restart of this machine gets the same copy: it has replayed the log there.
         """
-        copy = self._copy_of(volume.uuid, wanted.client)
+        copy = self.pool.private_file(volume.uuid, wanted.client)
         if wanted.inode and self.pool.inode(copy) == wanted.inode:
             return copy
         self.pool.reflink(self.pool.file(volume.uuid), copy, volume.bytes)
         return copy
-
-    def _copy_of(self, identity: str, client: str) -> Path:
-        return self.pool.private_file(identity, client_hash(client))
 
     def _report_lost_io(self, wanted: Attachment) -> None:
         """Correct the report of a client that has lost its I/O since."""
@@ -289,7 +281,7 @@ class Attacher:
 
     def _others_are_off(self, volume: Volume, client: str) -> bool:
         # A client that the reservation no longer names may still have its device.
-        others = {*self._holders(volume.uuid), *volume.reservation.attached} - {client}
+        others = {*self.holders(volume.uuid), *volume.reservation.attached} - {client}
         return all(self._is_off(other, volume) for other in sorted(others))
 
     def _is_off(self, other: str, volume: Volume) -> bool:
@@ -322,23 +314,6 @@ class Attacher:
         if wanted is not None and not is_down:
             engine.show(volume, wanted)
         return True
-
-    def _secure_file(self, volume: Volume) -> None:
-        """Sync the volume's file, and record that it must never be created again, before a client writes to it."""
-        if volume.made:
-            if reason := self.volumes.check_file(volume.name):
-                raise PreconditionFailed(reason)
-            if volume.bytes > volume.least_bytes:
-                self.pool.make(volume.uuid, volume.bytes)
-            return
-        self.pool.make(volume.uuid, volume.bytes, synced=True)
-
-        def made(change: Change) -> None:
-            current = change.get(VOLUMES, volume.name)
-            if current is not None and current.uuid == volume.uuid:
-                change.put(VOLUMES, volume.name, replace(current, made=True))
-
-        self.store.write(made)
 
     def _detach(self, engine: Engine, client: str, identity: str, wanted: Attachment | None) -> bool:
         if wanted is not None and self._gives_back(engine, wanted):
@@ -409,7 +384,7 @@ class Attacher:
 
     def _after_release(self, hold: Hold, client: str, identity: str) -> None:
         if hold.is_private:
-            self._remove_copies([self._copy_of(identity, client)])
+            self._remove_copies([self.pool.private_file(identity, client)])
 
 
 def _may_use(engine: Engine | None, volume: Volume, wanted: Attachment) -> bool:

@@ -38,7 +38,7 @@ from csi_driver.errors import HostFailure
 from csi_driver.nvme_model import NvmeExport, host_uuid
 
 _DETACHED_SHOWN = 100
-"""Detached volumes in a client's document, besides the latest. The real server shows each until it is deleted."""
+"""Detached volumes in a client's document, plus the latest. The real server shows each until it is deleted."""
 Pair = tuple[str, str]
 """A client's name and a volume's uuid."""
 _NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,251}[a-z0-9])?")

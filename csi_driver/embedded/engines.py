@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `attacher` needs of an engine: the part that gives volumes to clients of one kind."""
+"""The port of `attacher` to an engine: the part that gives volumes to clients of one kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from csi_driver.nvme_model import NvmeExport
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What a client has of a volume.
+    """A client's device or export of a volume.
 
     `is_cut`: it can do no I/O any more. `is_private`: it is of the client's own copy of the volume. `export`: where the
     client connects; None: it has a device.
@@ -39,10 +39,10 @@ class Engine(Protocol):
     def needs_client(self) -> bool: ...
 
     def recover(self) -> set[str]:
-        """Find what clients hold since an earlier run. Return the names of the pool's files that are in use."""
+        """Find the holds of an earlier run. Return the names of the pool's files that are in use."""
 
     def forget_others(self, wanted: Collection[tuple[str, str]]) -> None:
-        """Remove what a crash left of attachments other than these, by names of client and volume."""
+        """Remove remains of attachments other than these, by names of client and volume, e.g. after a crash."""
 
     def serves(self, client: str) -> bool: ...
 
@@ -67,13 +67,13 @@ class Engine(Protocol):
         """Return whether the file at this path is the one that the client uses."""
 
     def fits(self, wanted: Attachment, *, private: bool) -> bool:
-        """Return whether what the client has carries I/O and is of the wanted kind."""
+        """Return whether the client's hold carries I/O and is of the kind of this attachment."""
 
     def attach(self, volume: Volume, wanted: Attachment, file: Path, *, private: bool) -> None:
         """Give the client a file, which was verified, and which is on disk."""
 
     def keep(self, wanted: Attachment) -> None:
-        """Repair what other programs may have removed."""
+        """Repair a hold that other programs may have damaged."""
 
     def show(self, volume: Volume, wanted: Attachment) -> None:
         """Show the client the state of an attachment."""

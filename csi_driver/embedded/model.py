@@ -96,7 +96,7 @@ class Source:
 
 
 UNHEALTHY = "unhealthy"
-"""Mark of volumes whose health is anything but healthy."""
+"""Mark of volumes that are not healthy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class Client:
 
 
 def client_hash(name: str) -> str:
-    """Return what stands for a client's name where the name would be too long."""
+    """Return a replacement for a client's name where the name would be too long."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
@@ -253,7 +253,7 @@ class Attachment:
     inode: int = 0
     """Of the file that is exported; 0 = none."""
     size_bytes: int = 0
-    """What the export was given last."""
+    """The latest size of the export."""
 
     @property
     def mode(self) -> int:
@@ -348,8 +348,8 @@ class Table(Generic[R]):
     """A kind of record and its name in the database.
 
     `former`: fields that have no reader any more, written for an earlier version that a rollback brings back. Fields
-    that only earlier versions had are ignored. `index`: the attribute by whose value, or by each of whose values, the
-    records can be listed; "" = none.
+    that only earlier versions had are ignored. `index`: records can be listed by the value, or by each value, of this
+    attribute; "" = none.
     """
 
     name: str
@@ -380,7 +380,7 @@ FACTS = Table("facts", Fact)
 SNAPSHOTS = Table("snapshots", Snapshot, index="volume_uuid")
 SNAPSHOT_GROUPS = Table("snapshotGroups", SnapshotGroup)
 EXPORTS = Table("exports", Fact)
-"""Beside each attachment with a port: a version that knows no exports would give their volumes to second writers, and
+"""One for each attachment with a port: a version that knows no exports would give their volumes to second writers, and
 refuses a pool with records of an unknown kind."""
 TABLES: tuple[Table[Any], ...] = (
     VOLUMES, CLIENTS, ATTACHMENTS, REPORTS, TOTALS, FACTS, SNAPSHOTS, SNAPSHOT_GROUPS, EXPORTS,

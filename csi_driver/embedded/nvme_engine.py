@@ -2,7 +2,7 @@
 """Attaches volumes to nodes over NVMe/TCP: the kernel's target exports the file of an attachment, to one host alone.
 
 The kernel has the state, the attachment's row the name and the TCP port, so that a start of the manager changes nothing
-and a start of the machine makes the same exports again. The port's connections tell whether the node uses the volume.
+and a start of the machine makes the same exports again. A node uses a volume while it is connected to the port.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from csi_driver.background import Worker
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded.clients import Clients, Pair
-from csi_driver.embedded.documents import NO_FREE_PORT, ApiError, detail
 from csi_driver.embedded.engines import Hold
+from csi_driver.embedded.export_ports import ExportPorts
+from csi_driver.embedded.export_preconditions import refuse_exports_of_others
 from csi_driver.embedded.export_use import ExportUse, Use
 from csi_driver.embedded.host_keys import HostKeyStore
-from csi_driver.embedded.layouts import BLOCK_SIZE
 from csi_driver.embedded.model import (
     ATTACHMENTS,
     FACTS,
@@ -29,11 +29,10 @@ from csi_driver.embedded.model import (
     VOLUMES,
     Attachment,
     Volume,
-    client_hash,
     new_token,
 )
 from csi_driver.embedded.pool import Pool
-from csi_driver.embedded.settings import LOOP, NVME_TCP, NvmeTarget, StorageSettings
+from csi_driver.embedded.settings import NvmeTarget, StorageSettings
 from csi_driver.embedded.store import Change, Store
 from csi_driver.errors import HostFailure, OperationPending, PreconditionFailed, SystemCallFailed
 from csi_driver.nvme_model import ExportCounts, HostKeys, NvmeExport, TargetExport, host_nqn, subsystem_nqn
@@ -41,27 +40,7 @@ from csi_driver.nvme_model import ExportCounts, HostKeys, NvmeExport, TargetExpo
 _log = logging.getLogger(__name__)
 
 REFUSED_S = 900.0
-"""Time for which a node that was cut off is told so: longer than it tries to connect."""
-
-
-def can_export(settings: StorageSettings, pool: Pool, target: NvmeTarget) -> bool:
-    """Return whether volumes are exported. Raises PreconditionFailed where they must be, and cannot be."""
-    if settings.export == LOOP:
-        return False
-    if settings.export_addresses:
-        why_not = target.why_not()
-    else:
-        own = ", ".join(target.addresses()) or "none"
-        why_not = f"--export-address is not given, an address of this machine in the storage network; it has {own}"
-    if not why_not and (found := pool.block_bytes()) < BLOCK_SIZE:
-        why_not = f"the filesystem of {pool.directory} has blocks of {found} bytes, expected {BLOCK_SIZE}"
-    if not why_not:
-        _log.info("volumes are exported over NVMe/TCP at %s", ", ".join(settings.export_addresses))
-    elif settings.export == NVME_TCP:
-        raise PreconditionFailed(f"volumes cannot be exported over NVMe/TCP: {why_not}")
-    else:
-        _log.info("volumes are not exported over NVMe/TCP: %s", why_not)
-    return not why_not
+"""Time for which a node that was cut off is refused: longer than it tries to connect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +55,8 @@ class _Export:
 
     @property
     def is_cut(self) -> bool:
-        return not self.target.hosts
+        """Whether no host can do I/O. The kernel goes on serving one that is only not allowed any more."""
+        return not (self.target.hosts or self.target.is_enabled)
 
 
 @dataclass(eq=False)
@@ -97,14 +77,10 @@ class NvmeEngine:
     needs_client = False
     _exports: dict[Pair, _Export] = field(default_factory=dict)
     _of_volume: dict[str, set[str]] = field(default_factory=dict)
-    _used: set[int] = field(default_factory=set)
-    """Ports not to be given out; also those of attachments that ended without an export, until all are in use."""
-    _leaving: set[int] = field(default_factory=set)
-    """Ports of exports without a record that are withdrawn later."""
-    _next: int = 0
 
     def __post_init__(self) -> None:
         self._use = ExportUse(self.target.connections, self.clock)
+        self._ports = ExportPorts(self.settings.export_ports, self._assigned_ports)
         self.clients.has_exports = True
         self.clients.place = self.place
 
@@ -115,34 +91,42 @@ class NvmeEngine:
         by_nqn = {self._nqn(row): row for row in rows}
         self._use.unproven = set(by_nqn)
         exported = self.target.exported(self._pool_uuid)
-        if away := self.target.elsewhere(exported):
-            raise PreconditionFailed(
-                f"{len(away)} volumes are exported in another network namespace, where their connections are not seen; "
-                "run the manager in that of the host (hostNetwork in Kubernetes)"
-            )
+        refuse_exports_of_others(exported, self.pool, self.target)
         for found in exported:
             row = by_nqn.get(found.nqn)
-            if row is not None:
-                if row.is_attaching and not (found.is_linked or found.is_enabled):
-                    with contextlib.suppress(HostFailure):  # half made; an attachment finishes what is left
-                        self.target.withdraw(replace(found, port=row.port))
-                    continue
-                # The path may be that of an earlier container: the row has the inode.
-                wanted = self._wanted(row, found.file)
-                known, is_open = found if found.is_linked else wanted, found.is_linked and found.is_enabled
-                self._put((row.client, row.uuid), _Export(known, row.inode, found == wanted, is_open))
-                if not found.is_linked and not row.is_attaching:
-                    self._use.unproven.discard(found.nqn)  # it was being withdrawn
-                continue
-            if not found.is_linked:
-                self.worker.soon(*self._withdrawing(found))
-            elif found.hosts:
-                self._use.unproven.add(found.nqn)
-                self._put((found.nqn, volume_of(found.nqn)), _Export(found, 0, is_whole=True, is_open=True))
+            if row is None:
+                self._find_without_row(found)
+            elif row.is_attaching and not (found.is_linked or found.is_enabled):
+                with contextlib.suppress(HostFailure):  # half made; an attachment finishes it
+                    self.target.withdraw(replace(found, port=row.port))
             else:
-                self._withdraw_later(found)
-        self._used = self._ports_in_use()
-        return {self._copy_of(row).name for row in rows}
+                self._find(row, found)
+        self._ports.start()
+        return {self.pool.private_file(row.uuid, row.client).name for row in rows}
+
+    def _find(self, row: Attachment, found: TargetExport) -> None:
+        # The path may be that of an earlier container: the row has the inode.
+        wanted = self._wanted(row, found.file)
+        known, is_open = found if found.is_linked else wanted, found.is_linked and found.is_enabled
+        self._put((row.client, row.uuid), _Export(known, row.inode, found == wanted, is_open))
+        if not found.is_linked and not row.is_attaching:
+            self._use.unproven.discard(found.nqn)  # it was being withdrawn
+
+    def _find_without_row(self, found: TargetExport) -> None:
+        """Keep an export for as long as a node may use it: its record is lost, e.g. the pool is an earlier backup."""
+        export = _Export(found, 0, is_whole=True, is_open=found.is_linked and found.is_enabled)
+        if not export.is_cut:
+            _log.warning(
+                "%s at port %d, of %s, has no record; it is withdrawn when no node uses it",
+                *(found.nqn, found.port, found.file),
+            )
+            if found.is_linked:
+                self._use.unproven.add(found.nqn)
+            self._put((found.nqn, volume_of(found.nqn)), export)
+        elif found.is_linked:
+            self._withdraw_later(found)
+        else:
+            self.worker.soon(*self._withdrawing(found))
 
     def forget_others(self, wanted: Collection[tuple[str, str]]) -> None:
         """Nothing is left of other attachments: the exports without a row are holds like all others."""
@@ -154,9 +138,6 @@ class NvmeEngine:
 
     def _nqn(self, row: Attachment) -> str:
         return subsystem_nqn(self._pool_uuid, row.uuid, row.token)
-
-    def _copy_of(self, row: Attachment) -> Path:
-        return self.pool.private_file(row.uuid, client_hash(row.client))
 
     def _wanted(self, row: Attachment, file: Path) -> TargetExport:
         hosts = frozenset((host_nqn(row.client),))
@@ -235,34 +216,17 @@ class NvmeEngine:
     def counts(self) -> ExportCounts:
         exported = sum(found.is_open and not found.is_cut for found in list(self._exports.values()))
         rows = sum(row.is_attaching and self._is_node(row.client) for row in self.store.everywhere(ATTACHMENTS))
-        low, high = self.settings.export_ports
-        free = high - low + 1 - sum(low <= port <= high for port in self._ports_in_use())
-        return ExportCounts(exported, max(0, rows - exported), self._use.connected, free)
+        return ExportCounts(exported, max(0, rows - exported), self._use.connected, self._ports.count_free())
 
     # --- changes ---
 
     def place(self, identity: str) -> tuple[int, int]:
         """Return a free TCP port for a new attachment, and the inode of the volume's file. Raises ApiError."""
-        return self._free_port(), self.pool.inode(self.pool.file(identity))
+        return self._ports.take(), self.pool.inode(self.pool.file(identity))
 
-    def _free_port(self) -> int:
-        """Return a port that was not given out for as long as possible: earlier nodes may still try it."""
-        low, high = self.settings.export_ports
-        width = high - low + 1
-        if len(self._used) >= width:
-            self._used = self._ports_in_use()
-        for number in range(self._next, self._next + width):
-            port = low + number % width
-            if port not in self._used:
-                self._used.add(port)
-                self._next = port - low + 1
-                return port
-        reason = f"all ports from {low} to {high} are in use; raise --export-ports"
-        raise ApiError(1694, "The volume is not attached", detail(NO_FREE_PORT, reason))
-
-    def _ports_in_use(self) -> set[int]:
+    def _assigned_ports(self) -> set[int]:
         rows = {row.port for row in self.store.everywhere(ATTACHMENTS)}
-        return rows | {found.target.port for found in list(self._exports.values())} | set(self._leaving)
+        return rows | {found.target.port for found in list(self._exports.values())}
 
     def attach(self, volume: Volume, wanted: Attachment, file: Path, *, private: bool) -> None:
         if why := self.keys.why_refused(wanted.client):
@@ -270,13 +234,13 @@ class NvmeEngine:
         inode, row = self.pool.inode(file), wanted
         if (inode, volume.bytes) != (wanted.inode, wanted.size_bytes) or not wanted.port:
             row = self._change(wanted, lambda row: self._placed(row, inode, volume.bytes))
-        # From here on the node may have I/O, whatever the kernel answers.
+        # From here on the node may have I/O, even if the kernel answers with an error.
         pair = wanted.client, wanted.uuid
         self._put(pair, _Export(self._wanted(row, file), inode, is_whole=False, is_open=False))
         self._apply(pair)
 
     def _placed(self, row: Attachment, inode: int, size_bytes: int) -> Attachment:
-        return replace(row, port=row.port or self._free_port(), inode=inode, size_bytes=size_bytes)
+        return replace(row, port=row.port or self._ports.take(), inode=inode, size_bytes=size_bytes)
 
     def _change(self, row: Attachment, change: Callable[[Attachment], Attachment]) -> Attachment:
         """Change the row of an attachment and return it. Raises OperationPending if another one has taken its place."""
@@ -323,7 +287,7 @@ class NvmeEngine:
         return self.pool.inode(directory / target.file.name)
 
     def _renew(self, pair: Pair) -> None:
-        """Give a row whose export ends another name: what a node has queued for this one must never arrive."""
+        """Give the row of an export that ends another name: requests that a node has queued must never arrive."""
         row, found = self.store.get(ATTACHMENTS, pair[1], pair[0]), self._exports[pair]
         if row is not None and self._nqn(row) == found.target.nqn:
             self._change(row, lambda current: replace(current, token=new_token(), port=0))
@@ -396,7 +360,7 @@ class NvmeEngine:
         return cut
 
     def _withdraw_later(self, target: TargetExport) -> None:
-        self._leaving.add(target.port)
+        self._ports.leaving.add(target.port)
         self.worker.later(*self._withdrawing(target), REFUSED_S)
 
     def _withdrawing(self, target: TargetExport) -> tuple[str, Callable[[], bool]]:
@@ -404,8 +368,7 @@ class NvmeEngine:
 
     def _withdraw(self, target: TargetExport) -> bool:
         self.target.withdraw(target)
-        self._used.discard(target.port)
-        self._leaving.discard(target.port)
+        self._ports.give_back(target.port)
         return True
 
     def look(self) -> list[Pair]:

@@ -7,15 +7,18 @@ import contextlib
 import errno
 import fcntl
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from csi_driver.embedded.layouts import BLOCK_SIZE
+from csi_driver.embedded.model import client_hash
 from csi_driver.embedded.settings import Reflinks
 from csi_driver.errors import PreconditionFailed, SystemCallFailed
 
+_FIGETBSZ = 2  # include/uapi/linux/fs.h
 _SUFFIX = ".img"
 _CUTTING = ".cutting"
 """Ends the name of a reflink that is not complete."""
@@ -101,9 +104,9 @@ class Pool:
     def snapshot_file(self, identity: str) -> Path:
         return self.snapshots / f"{identity}{_SUFFIX}"
 
-    def private_file(self, identity: str, owner: str) -> Path:
+    def private_file(self, identity: str, client: str) -> Path:
         """Return the file of a reader's own copy of a volume."""
-        return self.private / f"{identity}.{owner}{_SUFFIX}"
+        return self.private / f"{identity}.{client_hash(client)}{_SUFFIX}"
 
     def free_bytes(self) -> int:
         with _named(f"look at the file system of {self.volumes}"):
@@ -111,9 +114,20 @@ class Pool:
         return space.f_bavail * space.f_frsize
 
     def block_bytes(self) -> int:
-        """Return the block size of the filesystem of the volumes."""
-        with _named(f"look at the file system of {self.volumes}"):
-            return os.statvfs(self.volumes).f_bsize
+        """Return the block size of the filesystem of the volumes; 0 where it has none of its own, as overlayfs.
+
+        Exports have it. statvfs would return that of the filesystem below.
+        """
+        with (
+            _named(f"look at the file system of {self.volumes}"),
+            _opened(self.volumes, os.O_RDONLY | os.O_DIRECTORY) as descriptor,
+        ):
+            try:
+                return int.from_bytes(fcntl.ioctl(descriptor, _FIGETBSZ, bytes(4)), sys.byteorder)
+            except OSError as problem:
+                if problem.errno != errno.EINVAL:
+                    raise
+                return 0
 
     def why_unusable(self) -> str:
         """Return why the pool cannot be used; "" when it can."""

@@ -134,7 +134,9 @@ class StorageServer:
         self.checks = [Periodic("storage-look", attacher.check, _CHECK_INTERVAL_S, first_s=_CHECK_INTERVAL_S)]
         if exports is not None:
             self.groups.exports_of = exports.nqns
-            self.checks.append(Periodic("storage-exports", lambda: attacher.look(exports), _EXPORT_INTERVAL_S))
+            self.checks.append(
+                Periodic("storage-exports", lambda: attacher.settle_unused(exports.look()), _EXPORT_INTERVAL_S)
+            )
         self.encryptions = Encryptions(store, pool, locks, headers, volumes.has_device)
         self.reclaims = SpaceReclaims(settings, store, pool, locks, volumes, self._sparse_files)
         self.sessions = Sessions(settings, self.password)
@@ -162,7 +164,8 @@ class StorageServer:
         """Return the engine of other nodes; None where nothing is exported. Raises PreconditionFailed."""
         if target is None:
             return None
-        from csi_driver.embedded.nvme_engine import NvmeEngine, can_export
+        from csi_driver.embedded.export_preconditions import can_export
+        from csi_driver.embedded.nvme_engine import NvmeEngine
 
         if not can_export(self.settings, self.pool, target):
             return None

@@ -189,16 +189,19 @@ class EmbeddedStatus:
         return numbered_part([self._attachment(row.volume, row.uuid, node, row) for row in rows], number, total)
 
     def _attachments_of(self, volume: Volume) -> Iterable[shown.Attachment]:
-        for client in self.store.all(CLIENTS):
-            wanted = self.store.get(ATTACHMENTS, volume.uuid, client.name)
-            if wanted is not None or self.attacher.hold(client.name, volume.uuid) is not None:
-                yield self._attachment(volume.name, volume.uuid, client.name, wanted)
+        clients = (client.name for client in self.store.all(CLIENTS))
+        for client in dict.fromkeys((*clients, *self.attacher.holders(volume.uuid))):
+            wanted = self.store.get(ATTACHMENTS, volume.uuid, client)
+            if wanted is not None or self.attacher.hold(client, volume.uuid) is not None:
+                yield self._attachment(volume.name, volume.uuid, client, wanted)
 
     def _attachment(self, name: str, uuid: str, client: str, wanted: Attachment | None) -> shown.Attachment:
         report, hold = self.store.get(REPORTS, uuid, client), self.attacher.hold(client, uuid)
         problem = self.attacher.why_down(client)
         if hold is not None and hold.is_cut:
             problem = problem or "the device is cut off from its file: another node has taken the volume over"
+        if hold is not None and wanted is None:
+            problem = problem or "its record is lost; it ends when its client does not use it"
         has_io = report is not None and bool(report.io_enabled) and (hold is None or not hold.is_cut)
         return shown.Attachment(
             volume=name,

@@ -30,7 +30,7 @@ from csi_driver.embedded.pool import NO_SPACE, Pool, VolumeLocks
 from csi_driver.embedded.requests import Extension, NewVolume, VolumeUpdate
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.embedded.store import Change, Store
-from csi_driver.errors import HostFailure, SystemCallFailed
+from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 
 _log = logging.getLogger(__name__)
 
@@ -185,6 +185,26 @@ class Volumes:
                 return False
             self.pool.make(identity, volume.bytes, synced=True)
         return True
+
+    def prepare_file(self, volume: Volume) -> None:
+        """Sync the file, and record that it must never be created again, before a client writes to it.
+
+        The caller holds the volume's lock. Raises PreconditionFailed for a file that is lost.
+        """
+        if volume.made:
+            if reason := self.check_file(volume.name):
+                raise PreconditionFailed(reason)
+            if volume.bytes > volume.least_bytes:
+                self.pool.make(volume.uuid, volume.bytes)
+            return
+        self.pool.make(volume.uuid, volume.bytes, synced=True)
+
+        def made(change: Change) -> None:
+            current = change.get(VOLUMES, volume.name)
+            if current is not None and current.uuid == volume.uuid:
+                change.put(VOLUMES, volume.name, replace(current, made=True))
+
+        self.store.write(made)
 
     def check_files(self) -> None:
         for volume in self.store.all(VOLUMES):

@@ -127,7 +127,7 @@ class NvmeCluster(Cluster):
         end_s = self.clock.now_s + seconds
         while self.clock.now_s < end_s:
             self.clock.now_s += min(2.0, end_s - self.clock.now_s)
-            self.server.attacher.look(exports)
+            self.server.attacher.settle_unused(exports.look())
 
     def cut_off(self, node: str) -> None:
         """The node reaches nothing and is reached by nobody."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.embedded import store
 from csi_driver.embedded.export_use import SILENT_S
 from csi_driver.embedded.model import ATTACHMENTS, EXPORTS, TABLES
 from csi_driver.embedded.nvme_engine import REFUSED_S
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal, read_ports
+from csi_driver.embedded.status import EmbeddedStatus
 from csi_driver.errors import PreconditionFailed
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.host.sock_diag import addresses
@@ -104,7 +107,7 @@ class Storage:
         assert exports is not None
         while self.clock.now_s < end_s:
             self.clock.now_s += min(step_s, end_s - self.clock.now_s)
-            self.manager.server.attacher.look(exports)
+            self.manager.server.attacher.settle_unused(exports.look())
             self.manager.server.attacher.check()
             self.manager.server.worker.run_due()
 
@@ -545,11 +548,27 @@ def test_a_volume_without_its_file_is_not_exported_and_the_others_are(storage: S
     storage.connect_to("worker", export["nqn"], export["paths"][0])
 
 
-def test_an_export_without_a_row_ends_when_its_node_has_gone(storage: Storage) -> None:
-    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
-    export, controller, uuid = storage.export("worker"), storage.connect("worker"), storage.manager.uuid("data")
+def lose_row(storage: Storage) -> None:
+    """As in a pool that is an earlier backup."""
+    uuid = storage.manager.uuid("data")
     storage.manager.server.store.write(lambda change: change.delete(ATTACHMENTS, uuid, "worker"))
+
+
+def test_an_export_without_a_row_ends_when_its_node_has_gone(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.manager.attach("data", "worker", mode=EXCLUSIVE)
+    export, controller = storage.export("worker"), storage.connect("worker")
+    lose_row(storage)
     storage.restart()
+    assert f"{export['nqn']} at port 23000, of {storage.file()}, has no record" in caplog.text
+    server = storage.manager.server
+    page = EmbeddedStatus(server.settings, server.store, server.pool, server.attacher, server.sessions, dict, ())
+    shown = page.volume("storage", "data", "")
+    assert shown is not None
+    assert [(each.node, each.problem) for each in shown.attachments] == [
+        (export["nqn"], "its record is lost; it ends when its client does not use it")
+    ]
     storage.take_over("second")
     storage.pass_time(10 * SILENT_S)
     assert storage.manager.report("data", "second") is None
@@ -558,6 +577,58 @@ def test_an_export_without_a_row_ends_when_its_node_has_gone(storage: Storage) -
     assert export["nqn"] not in storage.kernel.subsystems
     storage.pass_time(10)
     assert storage.manager.report("data", "second")["ioEnabled"] == 1
+
+
+def test_an_export_without_a_row_keeps_its_volume_while_its_io_has_not_ended(storage: Storage) -> None:
+    """As when another program has closed it, and its drive does not answer."""
+    storage.drained_within_s = 1.0
+    controller = storage.connect_new("worker", "data")
+    lose_row(storage)
+    storage.kernel.configfs.unlink(f"ports/23000/subsystems/{controller.nqn}")
+    answer = storage.kernel.hanging[controller.nqn] = threading.Event()
+    try:
+        storage.restart()
+        storage.take_over("second")
+        storage.pass_time(SILENT_S + 10)
+        assert storage.manager.report("data", "second") is None
+    finally:
+        answer.set()
+
+    def has_second() -> bool:
+        storage.pass_time(10)
+        return storage.manager.report("data", "second") is not None
+
+    assert Deadline.after(60).wait_until(has_second)
+
+
+def test_a_node_that_another_program_has_removed_is_not_taken_for_cut_off(storage: Storage) -> None:
+    """The kernel goes on serving a host that is not allowed any more."""
+    controller = storage.connect_new("worker", "data")
+    storage.kernel.configfs.unlink(f"subsystems/{controller.nqn}/allowed_hosts/{host_nqn('worker')}")
+    storage.restart()
+    storage.take_over("second", detach=False)
+    storage.pass_time(10)
+    assert not controller.is_live
+    storage.kernel.write(storage.connect("second"), 0, BLOCK)
+
+
+def test_a_copy_of_a_pool_is_not_used_while_its_volumes_are_exported(storage: Storage, tmp_path: Path) -> None:
+    """Its manager would take the exports of the original for its own."""
+    controller = storage.connect_new("worker", "data")
+    storage.manager.server.stop()
+    pool = shutil.copytree(storage.settings.pool_directory, tmp_path / "copy", ignore=shutil.ignore_patterns("*.img"))
+    with (pool / "volumes" / storage.file().name).open("wb") as file:
+        file.truncate(storage.file().stat().st_size)
+    copy = replace(storage.settings, pool_directory=pool)
+    storage.kernel.changes.clear()
+    with pytest.raises(PreconditionFailed, match="is a copy of a pool whose volumes are exported"):
+        storage.started(copy)
+    assert (storage.kernel.changes, controller.is_live) == ([], True)
+    storage.manager = storage.started()
+    storage.kernel.disconnect(controller)
+    storage.manager.detach("data", "worker")
+    storage.pass_time(SILENT_S + 2)
+    storage.restart(copy)
 
 
 def test_a_node_that_becomes_a_client_of_this_machine_is_not_two_writers(storage: Storage) -> None:
