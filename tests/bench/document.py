@@ -78,7 +78,7 @@ def curves_tables(curves: Curves, groups: Sequence[str]) -> str:
     """Return the tables behind the drawing."""
     lines: list[str] = []
     for grows, series in curves.items():
-        counts = [count for count, _ in next(iter(series.values()))]
+        counts = sorted({count for points in series.values() for count, _ in points})
         lines += [f"| {grows} | {' | '.join(f'{count:,}' for count in counts)} |", "|---|" + "---|" * len(counts)]
         for group in groups:
             for name, points in series_of(series, group).items():

@@ -188,6 +188,7 @@ class Machine:
             argv += ["-device", f"virtio-blk-pci,drive={name}"]
         argv += ["-drive", f"if=none,id=drive,file={self.directory / 'drive'},format=raw,cache=unsafe,discard=unmap"]
         argv += ["-device", f"nvme,drive=drive,serial=DRIVE{self.number}"]
+        argv += ["-qmp", f"unix:{self.directory / 'qmp'},server=on,wait=off"]
         argv += ["-fsdev", f"local,id=shared,path={shared},security_model=none,multidevs=remap"]
         argv += ["-device", "virtio-9p-pci,fsdev=shared,mount_tag=shared", "-device", "virtio-rng-pci"]
         for network in NETWORKS:
@@ -233,6 +234,19 @@ class Machine:
     def thaw(self) -> None:
         assert self._qemu is not None
         self._qemu.send_signal(signal.SIGCONT)
+
+    def limit_drive(self, bytes_per_s: int, requests_per_s: int) -> None:
+        """Slow the drive down to these rates; 0 = no limit."""
+        limits = {"bps": bytes_per_s, "iops": requests_per_s, "bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0}
+        throttle = {"execute": "block_set_io_throttle", "arguments": {"device": "drive", **limits}}
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.connect(str(self.directory / "qmp"))
+            with monitor.makefile("rw") as stream:
+                stream.readline()  # QEMU's greeting
+                for command in ({"execute": "qmp_capabilities"}, throttle):
+                    stream.write(json.dumps(command) + "\n")
+                    stream.flush()
+                    assert "return" in (answer := json.loads(stream.readline())), answer
 
     # --- cables -----------------------------------------------------------------------------------------------
 

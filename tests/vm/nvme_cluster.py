@@ -128,7 +128,7 @@ class Placed:
 
 
 class NvmeCluster:
-    """The machines `storage`, `node-a` and `node-b`, and a controller. `close` ends them."""
+    """The machine `storage`, those of the nodes, and a controller. `close` ends them."""
 
     def __init__(
         self,
@@ -136,6 +136,7 @@ class NvmeCluster:
         directory: Path,
         *,
         addresses: Sequence[str] = ("10.8.0.1", "10.9.0.1"),
+        nodes: Sequence[str] = ("node-a", "node-b"),
         controller_flags: Sequence[str] = (),
     ) -> None:
         set_up_networks()
@@ -145,7 +146,7 @@ class NvmeCluster:
         self.controller = CsiClient(directory / "controller.sock", timeout_s=ATTACHER_TIMEOUT_S)
         self.controller_flags = controller_flags
         self.nodes = []
-        for name in ("node-a", "node-b"):
+        for name in nodes:
             machine = self.machines.add(name)
             self.nodes.append(Node(machine, MachineClient(f"{machine.address}:{_CSI_PORT}", timeout_s=_START_LIMIT_S)))
         self._exports = [word for address in addresses for word in ("--export-address", address)]
