@@ -73,7 +73,7 @@ def main() -> None:
         cluster = NvmeCluster(options.guest, Path(directory), addresses=("10.8.0.1",), nodes=("node-a",))
         try:
             cluster.start()
-            measure_network(cluster, report, *((1, 1.0) if options.quick else (3, 3.0)))
+            measure_network(cluster, report, *((1, 1.0) if options.quick else (3, 2.0)))
         except BaseException:
             print(cluster.logs())
             raise
