@@ -1,4 +1,4 @@
-{{/* What the workloads of controller, node and storage share. Call each with (dict "root" $ "role" NAME). */}}
+{{/* Parts that the workloads of controller, node and storage share. Call each with (dict "root" $ "role" NAME). */}}
 
 {{/* Name of a role's workload; of an additional DaemonSet with its own name. */}}
 {{- define "nvmesh-csi.workloadName" -}}

@@ -1,5 +1,5 @@
-{{/* What the API server would refuse, refused before anything is installed. Shapes are the schema's; here are the rules
-     that it cannot express, or not in words. */}}
+{{/* Values that the API server would refuse are refused before anything is installed. Shapes are the schema's; here are
+     the rules that it cannot express, or not in words. */}}
 
 {{/* Check every value below one by its name. Call with (dict "place" PATH "value" MAPPING). */}}
 {{- define "nvmesh-csi.validateByName" -}}
@@ -46,7 +46,7 @@
 {{- $bytes = add $bytes (len $key) (len $value) -}}
 {{- end -}}
 {{- if gt $bytes 200000 -}}
-{{- fail (printf "%s: expected at most 200000 bytes, got %d; Kubernetes takes no more: put the content into a ConfigMap" .place $bytes) -}}
+{{- fail (printf "%s: expected at most 200000 bytes, got %d; that is Kubernetes' limit: put the content into a ConfigMap" .place $bytes) -}}
 {{- end -}}
 {{- end -}}
 
@@ -85,7 +85,7 @@
 {{- mulf (float64 $parts) (get $units $unit) -}}
 {{- end -}}
 
-{{/* Check the pods of the rendered workloads: what is in them of the chart's own and of the values must fit together. */}}
+{{/* Check the pods of the rendered workloads: parts of the chart and of the values must fit together. */}}
 {{- define "nvmesh-csi.validatePods" -}}
 {{- range $role := list "controller" "node" "storage" -}}
 {{- range $text := include (printf "%s/%s.yaml" $.Template.BasePath $role) $ | splitList "\n---\n" -}}
