@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from csi_driver.settings import ApiSettings, ControllerSettings
     from csi_driver.telemetry.pages import Check
 
-_PATHS_INTERVAL_S, _KEY_INTERVAL_S = 1.0, 30.0
+_PATHS_INTERVAL_S = 1.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _run_node(command: NodeCommand, reporter: Reporter) -> int:
         if keeper is not None:
             loops.append(Periodic("nvme-paths", keeper.keep, _PATHS_INTERVAL_S))
             if keeper.volumes.keys is not None:
-                loops.append(Periodic("nvme-key", keeper.volumes.keys.register, _KEY_INTERVAL_S))
+                loops.append(keeper.volumes.keys.loop())
         with ExitStack() as running:
             for loop in loops:
                 running.enter_context(loop)

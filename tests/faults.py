@@ -62,7 +62,7 @@ PORTS: Mapping[str, Methods] = MappingProxyType(
             "format", "add_key", "remove_key", "open", "resume", "resize", "close",
             reads="why_unusable header opens mapping below path_of device",
         ),
-        "mounts": _methods("mount", "bind", "unmount", reads="at table of_device twins reaches_host"),
+        "mounts": _methods("mount", "bind", "unmount", reads="at table of_device twins"),
         "filesystems": _methods(
             "wipe", "make", "change_btrfs_uuid", "check", "grow_unmounted", "grow_mounted",
             reads="supported probe first_data recorded_bytes usage trim",

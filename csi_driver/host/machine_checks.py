@@ -32,8 +32,6 @@ _NEEDED_TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs", "blkid")
 _VERSION_OPTION = {
     "mkfs.ext4": "-V", "e2fsck": "-V", "mkfs.xfs": "-V", "mkfs.btrfs": "-V", "blkid": "-V", "cryptsetup": "--version",
 }  # fmt: skip
-_ROOT = Path("/")
-"""As a path root: a node outside a container, where mounts need no propagation."""
 CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # include/uapi/linux/capability.h
 _VERSION_TIMEOUT_S = 5.0
 
@@ -63,10 +61,10 @@ class MachineTools:
             found.append("this process lacks CAP_SYS_RESOURCE: ext4 grows at the next stage, not while mounted")
         mounts = LinuxMounts()
         found += [
-            f"mounts below {root} do not reach the host (mount propagation is private): "
-            "the volume of the container needs mountPropagation Bidirectional"
+            f"mounts below {root} do not reach the host (mount propagation is private): pods find an empty directory; "
+            "set mountPropagation Bidirectional, or no PrivateMounts, PrivateTmp, ProtectSystem= in the systemd unit"
             for root in self.path_roots
-            if root != _ROOT and root.is_dir() and not mounts.propagation_is_shared(root)
+            if root.is_dir() and not mounts.reaches_host(root)
         ]
         return found
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from csi_driver.background import Backoff, SelfPaced
 from csi_driver.errors import StorageUnavailable, shown
 from csi_driver.host.syscalls import closing, system_call
 from csi_driver.nvme_model import HostKeys, is_dhchap_key, new_dhchap_key
@@ -27,6 +28,7 @@ from csi_driver.nvme_model import HostKeys, is_dhchap_key, new_dhchap_key
 _LOG = logging.getLogger(__name__)
 _FILE = "nvme-keys.json"
 _REQUEST_TIMEOUT_S = 10.0
+_INTERVAL_S = 30.0
 _ANSWER_LIMIT_BYTES = 1 << 16
 
 
@@ -60,6 +62,14 @@ class NodeKeys:
     def rejected(self) -> None:
         """A target did not accept the keys: register them again."""
         self._is_registered = False
+
+    def loop(self) -> SelfPaced:
+        """Register the key soon, also after a failure: before it, no volume is attached where keys are required."""
+        return SelfPaced("nvme-key", self._look, _INTERVAL_S, backoff=Backoff(_INTERVAL_S))
+
+    def _look(self) -> float:
+        self.register()
+        return _INTERVAL_S
 
     def register(self) -> None:
         """Register the key, once for each start of the program. Raises `StorageUnavailable`: retry."""

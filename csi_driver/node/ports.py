@@ -198,9 +198,6 @@ class Mounts(Protocol):
     def twins(self, path: Path) -> Sequence[Path]:
         """Return the other paths of a mount in a shared bind mount."""
 
-    def reaches_host(self, path: Path) -> bool:
-        """Return whether mounts at `path` are visible to process 1, if known."""
-
     def mount(self, device: Device, target: Path, fs_type: str, options: Sequence[str], *, read_only: bool) -> None:
         """Mount the device, verified before it is visible; `InvalidField` names an option."""
 

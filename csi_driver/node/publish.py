@@ -11,7 +11,7 @@ from csi_driver.deadline import Deadline
 from csi_driver.errors import ExistsDifferently, IdentityNotProven, PreconditionFailed
 from csi_driver.host_model import Device, FaultKind, Mount
 from csi_driver.model import AccessMode, BlockAccess, MountAccess
-from csi_driver.node import NodePublishRequest
+from csi_driver.node import NodePublishRequest, StageRequest
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.format import Preparation
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, VolumeDevice, is_same, number_of
@@ -65,16 +65,8 @@ class SharedReaders:
 
     def plan(self, access: MountAccess, request: NodePublishRequest, volume: NodeVolume) -> MountPlan:
         """Return how to mount such a publication. Raises `InvalidField`."""
-        fs_type_of_class = request.volume_context.get(FS_TYPE, "")
-        return plan_mount(
-            access,
-            request.capability.mode,
-            read_only=True,
-            mkfs=MkfsRequest(request.volume_context),
-            supported=self.filesystems.supported(access.fs_type or fs_type_of_class),
-            fs_type_of_class=fs_type_of_class,
-            private_copy=volume.context.private_copy,
-        )
+        mkfs = MkfsRequest(request.volume_context)
+        return mount_plan(self.filesystems, access, request, volume, mkfs=mkfs, read_only=True)
 
     def mount(self, target: VolumeDevice, plan: MountPlan, path: Path, *, deadline: Deadline) -> Mount | None:
         """Mount the filesystem read-only and return the mount at the path."""
@@ -82,6 +74,28 @@ class SharedReaders:
         options = plan.options_for(prepared.fs_type)
         self.mounts.mount(target.device, path, prepared.fs_type, options, read_only=True)
         return self.mounts.at(path)
+
+
+def mount_plan(
+    filesystems: Filesystems,
+    access: MountAccess,
+    request: StageRequest | NodePublishRequest,
+    volume: NodeVolume,
+    *,
+    mkfs: MkfsRequest,
+    read_only: bool,
+) -> MountPlan:
+    """Return how to mount the volume for a request. Raises `InvalidField`."""
+    fs_type_of_class = request.volume_context.get(FS_TYPE, "")
+    return plan_mount(
+        access,
+        request.capability.mode,
+        read_only=read_only,
+        mkfs=mkfs,
+        supported=filesystems.supported(access.fs_type or fs_type_of_class),
+        fs_type_of_class=fs_type_of_class,
+        private_copy=volume.context.private_copy,
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.deadline import Deadline
@@ -27,19 +27,19 @@ from csi_driver.errors import (
     SystemCallFailed,
 )
 from csi_driver.host_model import Device, Mount, VolumeStatus
-from csi_driver.model import BlockAccess, MountAccess
+from csi_driver.model import MountAccess
 from csi_driver.node import StageRequest
 from csi_driver.node.encryption import EncryptedVolumes
 from csi_driver.node.format import Preparation, Prepared
 from csi_driver.node.mount_owner import NodeVolume, Owner, Ownership, VolumeDevice, is_same
 from csi_driver.node.ports import Devices, Filesystems, Mounts, Paths, Probes, ReadOnlyDevices
-from csi_driver.node.publish import STAGING_PATH, SharedReaders, writes_refused
+from csi_driver.node.publish import STAGING_PATH, SharedReaders, mount_plan, writes_refused
 from csi_driver.node_settings import NodeSettings
 from csi_driver.nvme_model import ConnectedVolume
 from csi_driver.parameters.connection import connect_options
 from csi_driver.parameters.encryption import EncryptionPlan, encrypted_by, passphrase_in, plan_encryption
 from csi_driver.parameters.mkfs import MkfsRequest
-from csi_driver.parameters.mount_options import FS_TYPE, MountPlan, differences, plan_mount
+from csi_driver.parameters.mount_options import MountPlan, differences
 from csi_driver.publish_context import Encryption
 from csi_driver.reporting import SILENT, EventReason, Reporter, Subject
 from csi_driver.storage_model import LUKS_HEADER_BYTES
@@ -66,7 +66,6 @@ class Stage:
     shared_readers: SharedReaders
     settings: NodeSettings
     reporter: Reporter = SILENT
-    _checked_propagation: bool = field(default=False, init=False)
 
     def stage(self, request: StageRequest, *, deadline: Deadline) -> None:
         """Stage the volume. Raises `PreconditionFailed`, `ExistsDifferently`, `DeadlineReached`."""
@@ -87,9 +86,11 @@ class Stage:
         locks = plan_encryption(by, request.volume_context, request.secrets)
         if locks is None and passphrase_in(request.secrets) is not None:
             logger.warning("volume %s has a passphrase but encryption is not enabled", volume)
-        access = request.capability.access
-        plan = None if isinstance(access, BlockAccess) else self._plan(access, request, volume)
-        with self._connected(volume, path, request.volume_context, deadline=in_time):
+        access, plan, read_only = request.capability.access, None, volume.context.read_only
+        if isinstance(access, MountAccess):
+            mkfs = _mkfs_request(request, volume)
+            plan = mount_plan(self.filesystems, access, request, volume, mkfs=mkfs, read_only=read_only)
+        with self._connected(volume, path, request, in_time):
             if plan is None:
                 self._stage_block(volume, path, locks, request, deadline=in_time)
             elif (mounted := self._usable_mount(volume, path)) is not None:
@@ -163,40 +164,32 @@ class Stage:
         return bool(readers) and any(found.node_number in readers for found in self.mounts.table())
 
     @contextmanager
-    def _connected(
-        self, volume: NodeVolume, path: Path, parameters: Mapping[str, str], *, deadline: Deadline
-    ) -> Iterator[None]:
-        """Connect a volume that is exported over NVMe/TCP; if the block fails, disconnect it as `_undone_on_error`."""
+    def _connected(self, volume: NodeVolume, path: Path, request: StageRequest, deadline: Deadline) -> Iterator[None]:
+        """Connect a volume that is exported over NVMe/TCP, for the block."""
         context = volume.context
         if context.nvme is None:
             yield
             return
-        wanted = ConnectedVolume(
-            volume.name, context.uuid, context.nvme, context.size_bytes, connect_options(parameters)
-        )
+        options = connect_options(request.volume_context)
         connection = self._connection(volume)
         was_held = connection is not None and str(path) in (connection.holders or ())
         if connection is not None and connection.nqn != context.nvme.nqn:
             self._end_earlier(volume, path, connection, deadline)
-        try:
-            if connection is not None and connection.preempted and connection.nqn == context.nvme.nqn:
+            connection = None
+
+        def undo() -> None:
+            was_staged = was_held and self._is_used(volume)  # by an earlier call
+            if not was_staged and not self._disconnect(volume, path, deadline=deadline):
+                raise StorageUnavailable("the volume stays connected while its device is used")
+
+        with _undone_on_error(undo):
+            if connection is not None and connection.preempted:
                 raise PreconditionFailed(
                     f"volume {volume} was taken from this node ({connection.details}); detach it and attach it again"
                 )
-            self.devices.connect(wanted, str(path), deadline=deadline)
+            exported = ConnectedVolume(volume.name, context.uuid, context.nvme, context.size_bytes, options)
+            self.devices.connect(exported, str(path), deadline=deadline)
             yield
-        except (OperationPending, StorageUnavailable):
-            raise
-        except DriverError as error:
-            if was_held and self._is_used(volume):  # an earlier call has staged it
-                raise
-            try:
-                is_over = self._disconnect(volume, path, deadline=deadline)
-            except DriverError as problem:
-                raise StorageUnavailable(f"{error}; and the cleanup after it failed: {problem}") from error
-            if not is_over:
-                raise StorageUnavailable(f"{error}; and the volume stays connected while its device is used") from error
-            raise
 
     def _disconnect(self, volume: NodeVolume, path: Path, *, deadline: Deadline) -> bool:
         """End the use of the connection for a staging path; the last one ends the connection.
@@ -273,26 +266,13 @@ class Stage:
         logger.warning("volume %s is unmounted at %s and mounted again: %s", volume, path, dead.detail)
         return True
 
-    def _plan(self, access: MountAccess, request: StageRequest, volume: NodeVolume) -> MountPlan:
-        fs_type_of_class = request.volume_context.get(FS_TYPE, "")
-        return plan_mount(
-            access,
-            request.capability.mode,
-            read_only=volume.context.read_only,
-            mkfs=_mkfs_request(request, volume),
-            supported=self.filesystems.supported(access.fs_type or fs_type_of_class),
-            fs_type_of_class=fs_type_of_class,
-            private_copy=volume.context.private_copy,
-        )
-
     def _stage_mount(
         self, volume: NodeVolume, path: Path, plan: MountPlan, locks: EncryptionPlan | None, *, deadline: Deadline
     ) -> None:
         device = self._ready_device(volume, read_only=plan.read_only, deadline=deadline)
         target = VolumeDevice(volume, device, plan.read_only)
         self._require_directory(path)
-        self._warn_once_of_hidden_mounts(path)
-        with self._undone_on_error(volume):
+        with _undone_on_error(lambda: self.encrypted.close(volume)):
             if locks is not None:
                 target = self.encrypted.open(target, locks, deadline=deadline)
             prepared = self.preparation.prepare(target, plan, deadline=deadline)
@@ -303,17 +283,6 @@ class Stage:
                 self._accept(mounted, volume, path, plan, locks.by if locks is not None else Encryption.NONE)
             elif not self.shared_readers.joins(target):
                 self._mount(target, plan, prepared, path)
-
-    def _warn_once_of_hidden_mounts(self, path: Path) -> None:
-        if self._checked_propagation:
-            return
-        self._checked_propagation = True
-        if not self.mounts.reaches_host(path):
-            logger.warning(
-                "mounts at %s do not reach other mount namespaces (mount propagation is private): pods find an empty "
-                "directory; set mountPropagation Bidirectional, or no PrivateMounts, PrivateTmp, ProtectSystem=",
-                path,
-            )
 
     def _mount(self, target: VolumeDevice, plan: MountPlan, prepared: Prepared, path: Path) -> None:
         options = plan.options_for(prepared.fs_type)
@@ -327,30 +296,10 @@ class Stage:
                     "StorageClass"
                 ) from failure
             raise
-        with self._undone_on_error(target.volume, path):
+        with _undone_on_error(lambda: self.mounts.unmount(path)):
             if prepared.grow_mounted:
                 self.filesystems.grow_mounted(path, target.device, prepared.fs_type)
             self._set_root_mode(path, plan, target.uuid, target.volume.context.attachment, is_new=prepared.is_new)
-
-    @contextmanager
-    def _undone_on_error(self, volume: NodeVolume, path: Path | None = None) -> Iterator[None]:
-        """Close the volume and unmount `path` when the block fails: kubelet would not unstage it.
-
-        After most errors kubelet takes the volume for not staged (pkg/volume/csi, csi_client.go `isFinalError`). It
-        does unstage after those that are passed on here, and where the cleanup fails.
-        """
-        try:
-            yield
-        except (OperationPending, StorageUnavailable):
-            raise
-        except DriverError as error:
-            try:
-                if path is not None:
-                    self.mounts.unmount(path)
-                self.encrypted.close(volume)
-            except DriverError as problem:
-                raise StorageUnavailable(f"{error}; and the cleanup after it failed: {problem}") from error
-            raise
 
     def _accept(self, mounted: Mount, volume: NodeVolume, path: Path, plan: MountPlan, by: Encryption) -> None:
         device = self.ownership.device_of(volume)
@@ -360,8 +309,7 @@ class Stage:
             raise self.ownership.held_by_another(f"staging path {path}", volume, mounted)
         if self.probes.dead(mounted) is not None:
             return  # running pods use it, so it stays; the next publication reports the error
-        found = differences(mounted, plan)
-        if found:
+        if found := differences(mounted, plan):
             raise ExistsDifferently(f"the mount of volume {volume} at {path}", found)
         if not plan.read_only:
             self._finish_growth(volume, device, mounted, path)
@@ -401,7 +349,7 @@ class Stage:
         if locks is None:
             self.encrypted.require_plain(volume, device)
             return
-        with self._undone_on_error(volume):
+        with _undone_on_error(lambda: self.encrypted.close(volume)):
             target = VolumeDevice(volume, device, read_only, is_shared=mode.is_multi_node and not read_only)
             self.encrypted.open(target, locks, deadline=deadline)
 
@@ -423,6 +371,25 @@ class Stage:
             self.paths.make_directory(path)
         elif kind != "directory":
             raise PreconditionFailed(f"staging path {path}: expected a directory, got a {kind}")
+
+
+@contextmanager
+def _undone_on_error(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` when the block fails: kubelet would not unstage the volume.
+
+    After most errors kubelet takes the volume for not staged (pkg/volume/csi, csi_client.go `isFinalError`). It does
+    unstage after those that are passed on here, and where the cleanup fails.
+    """
+    try:
+        yield
+    except (OperationPending, StorageUnavailable):
+        raise
+    except DriverError as error:
+        try:
+            undo()
+        except DriverError as problem:
+            raise StorageUnavailable(f"{error}; and the cleanup after it failed: {problem}") from error
+        raise
 
 
 def _mkfs_request(request: StageRequest, volume: NodeVolume) -> MkfsRequest:

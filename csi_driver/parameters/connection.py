@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters of a StorageClass for the connection of a node to a volume that is exported over NVMe/TCP.
 
-They change nothing of a volume whose device a storage client makes.
+Volumes of a storage client ignore them. The node reads them without the other parameters of a StorageClass.
 """
 
 from __future__ import annotations

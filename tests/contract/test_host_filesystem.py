@@ -636,16 +636,10 @@ def test_failures_are_driver_errors(machine: HostMachine) -> None:
         machine.filesystems.recorded_bytes(gone, "ext4")
 
 
-def test_private_mount_propagation_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: path == Path("/"))
-    assert [str(tmp_path) in warning for warning in machine_checks.MachineTools([tmp_path]).warnings()][-1:] == [True]
-
-
-def test_the_root_directory_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LinuxMounts, "propagation_is_shared", lambda _, path: False)
-    assert not [
-        warning for warning in machine_checks.MachineTools([Path("/")]).warnings() if "Bidirectional" in warning
-    ]
+def test_mounts_that_do_not_reach_the_host_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(LinuxMounts, "reaches_host", lambda _, path: path != tmp_path)
+    warnings = machine_checks.MachineTools([Path("/"), tmp_path]).warnings()
+    assert [f"mounts below {tmp_path} do" in each for each in warnings if "Bidirectional" in each] == [True]
 
 
 # --- giving back free space -------------------------------------------------------------------------------------

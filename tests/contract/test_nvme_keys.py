@@ -154,6 +154,20 @@ def test_a_manager_that_is_away_is_asked_again(keys: NodeKeys, service: Service)
     assert len(service.requests) == 1
 
 
+def test_the_first_retries_of_a_registration_come_soon(keys: NodeKeys, service: Service) -> None:
+    away = keys.registration
+    keys.registration = replace(away, url="https://127.0.0.1:1")
+    loop = keys.loop()
+    pauses_s = [loop.run_once() for _ in range(8)]
+    longest_s = [1, 2, 4, 8, 16, 30, 30, 30]
+    assert all(most_s / 2 <= pause_s <= most_s for pause_s, most_s in zip(pauses_s, longest_s, strict=True))
+    keys.registration = away
+    assert loop.run_once() == 30
+    keys.rejected()
+    assert loop.run_once() == 30
+    assert len(service.requests) == 2
+
+
 def test_a_file_of_keys_that_cannot_be_read_is_replaced(keys: NodeKeys) -> None:
     keys.directory.mkdir()
     keys.get()

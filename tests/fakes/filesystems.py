@@ -56,9 +56,6 @@ class FakeMounts:
     def of_device(self, device: Device) -> list[Mount]:
         return [mounted for mounted in map(_shown, self._host.table) if mounted.can_be_of(device)]
 
-    def reaches_host(self, path: Path) -> bool:
-        return self._host.mounts_reach_host
-
     def twins(self, path: Path) -> Sequence[Path]:
         return ()
 

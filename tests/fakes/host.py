@@ -69,7 +69,6 @@ class FakeHost:
         self.answers.set()
         self.present_problems: list[str] = []
         self.mapper_problem = ""
-        self.mounts_reach_host = True
         self.client: str | None = "1f0e8a52-0000-4000-8000-000000000001"
         self.client_is_expected = False
         self.client_problem = ""

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from csi_driver.deadline import Deadline
 from csi_driver.errors import PreconditionFailed, StorageUnavailable
 from csi_driver.host.connectors import loop
 from csi_driver.host.connectors.loop import LoopDevices
-from csi_driver.model import MIB, AccessMode, MountAccess
+from csi_driver.model import MIB, AccessMode, MountAccess, Reason, VolumeFault
 from csi_driver.nvme_model import TargetExport
 from tests.audit import opened
 from tests.contract.host_machine import mounts_below
@@ -338,6 +339,31 @@ def test_a_connected_device_without_a_path_is_not_opened(storage: Storage, node:
         assert node.devices.is_open(device) is None
         found = node.devices.find(volume.name, volume.uuid)
     assert (found is not None and found.number, paths.count(str(device.path))) == (device.number, 0)
+
+
+def test_no_call_of_a_volume_without_a_path_asks_its_device(storage: Storage, node: NvmeNode, volume: Volume) -> None:
+    """The thread of a call would hang until the path is back."""
+    attached = storage.attach(volume, node.node_id)
+    node.stage(attached)
+    target = str(node.publish(attached))
+    node.kernel.cut("127.0.0.1")
+    deadline = Deadline.after(60)
+    with opened() as paths:
+        health = node.use.health.volume(volume.volume_id, target, str(node.staging(volume)), deadline=deadline)
+        usage = node.use.statistics.usage(volume.volume_id, target, "", deadline=deadline)
+        node.stage(attached)
+        node.publish(attached)
+        with pytest.raises(PreconditionFailed, match="carries no I/O"):
+            node.expand(volume, volume.file.stat().st_size)
+        node.unpublish(volume)
+    (entry,) = health.entries
+    assert (entry.status, entry.reason) == (VolumeFault.INACCESSIBLE, Reason.IO_DISABLED)
+    path = f"127.0.0.1:{attached.export.port}"
+    assert entry.message == f"its connection carries no I/O: the path {path} is connecting"
+    assert usage.total_bytes
+    assert str(node.devices.path_of(volume.name)) not in paths
+    node.kernel.mend("127.0.0.1")
+    node.down(volume)
 
 
 def test_a_connected_device_whose_record_is_lost_is_not_written(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from csi_driver.errors import PreconditionFailed
 from csi_driver.host.connectors.nvme_records import Connection
-from csi_driver.host.nvme_host import Head, Subsystem
+from csi_driver.host.nvme_host import LIVE, Head, Subsystem
 
 NAMESPACE = 1
 
@@ -24,7 +24,8 @@ def why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
         return str(failure)
     if any(each.is_usable for each in subsystem.controllers):
         return ""
-    return ", ".join(f"{each.path} is {' '.join((each.state, *each.ana_states))}" for each in subsystem.controllers)
+    states = ((each, each.ana_states if each.state == LIVE else ()) for each in subsystem.controllers)
+    return ", ".join(f"the path {each.path} is {' '.join((each.state, *ana))}" for each, ana in states)
 
 
 def proven(record: Connection, subsystem: Subsystem) -> Head:

@@ -139,6 +139,19 @@ def test_a_volume_that_another_node_has_taken_over_is_disconnected_also_in_use(n
     assert (node.host.connections, node.host.table) == ({}, [])
 
 
+def test_a_volume_that_was_taken_from_this_node_is_not_connected_again_by_a_repeated_stage(node: FakeNode) -> None:
+    given = exported(node)
+    node.stage(context=given)
+    node.publish(context=given)
+    node.host.connections[NAME].is_refused = True
+    steps: list[str] = []
+    node.host.step = steps.append
+    with pytest.raises(PreconditionFailed, match="was taken from this node"):
+        node.stage(context=given)
+    assert "before connect" not in steps
+    assert node.host.connections[NAME].is_refused
+
+
 # --- a stage that fails ---------------------------------------------------------------------------------------------
 
 

@@ -145,19 +145,3 @@ def test_a_volume_whose_handle_holds_no_uuid_is_judged_by_its_name(
     else:
         node.unstage(static)
     assert node.host.mounts_at(STAGING) == (references == ("another",))
-
-
-@pytest.mark.parametrize("reaches_host", [True, False])
-def test_mounts_that_do_not_reach_the_host_are_reported_once(
-    node: FakeNode, caplog: pytest.LogCaptureFixture, reaches_host: bool
-) -> None:
-    node.host.attach(NAME, UUID)
-    node.host.mounts_reach_host = reaches_host
-    for _ in range(2):
-        node.stage()
-        node.unstage()
-    told = [
-        record.getMessage() for record in caplog.records if "do not reach other mount namespaces" in record.getMessage()
-    ]
-    assert len(told) == (0 if reaches_host else 1)
-    assert all(str(STAGING) in each for each in told)
