@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.bench import history
 from tests.bench.history import Curves, Machine
 from tests.bench.nvme_guest import RESULT
-from tests.bench.nvme_network import GROUPS as NETWORK
+from tests.bench.nvme_network import GROUP as NETWORK
 
 RUN = Path(__file__).parents[1] / "vm" / "run"
 COUNTED = Machine("an emulated processor, 1 ns an instruction", 1, 3, "6.12", "xfs")
@@ -30,7 +30,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "scale": ("ms", "memory, MiB"),
     "storm": ("time / alone",),
     "writes": ("first / later write",),
-    "network": NETWORK,
+    "network": (NETWORK,),
 }
 """What the curves of a part show."""
 

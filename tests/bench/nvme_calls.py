@@ -104,7 +104,7 @@ def measure_storm(report: Report, attached: int, staged: int) -> None:
 
 def measure_writes(report: Report, mib: int) -> None:
     """Compare the first write of each block with a later one, with sparse and with preallocated volumes."""
-    directory = pool_on(drive("nullb0", 2048)) / "bench"
+    directory = pool_on(drive("nullb0", 8192)) / "bench"
     with running(directory) as rig:
         life = Life(rig.controller, rig.node, NODE, BLOCK)
         table = report.table("First / later write", ("", "depth", "later per s", "ratio"))

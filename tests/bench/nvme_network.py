@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure volumes over NVMe/TCP on one machine beside their files on another: `make bench-nvme` runs it.
+"""Measure the processor time of both machines for a volume over NVMe/TCP: `make bench-nvme` runs it.
 
-Two emulated machines with a processor each and a network between them, with the driver's roles. Their clocks are this
-machine's, so other work here disturbs each rate: both sides are measured in turns, and a figure is the median of the
-rounds' ratios. Needs root and a network namespace of its own.
+Two emulated machines with a processor each and a network between them, with the driver's roles. The rates of such
+machines depend on other work on this machine; the time that their processors work hardly does. It is that of the thread
+that emulates the processor, without that of starting fio. Needs root and a network namespace of its own.
 """
 
 from __future__ import annotations
@@ -14,53 +14,57 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tests.bench.nvme_drives import DEPTHS, PATTERNS, SIZE_MIB, fio_rates, fio_script, job_lines
+from tests.bench.nvme_drives import DEPTHS, PATTERNS, SIZE_MIB, Pattern, fio_script, job_lines
 from tests.bench.nvme_guest import RESULT
 from tests.bench.report import Report
 from tests.integration.rig import MIB, raw_block
 from tests.vm.machines import Machine
 from tests.vm.nvme_cluster import NvmeCluster
 
-GROUPS = ("rate / file's on the other machine", "rate / file's on the other machine, slow drive")
-SLOW = (4 * MIB, 100)
-"""Bytes and requests per second of a drive that is slower than emulated processors and their network."""
+GROUP = "processor time / file's"
+FEW = 8
 _EXPORTED = "cat /sys/kernel/config/nvmet/subsystems/*/namespaces/1/device_path"
 
 
-def measure_network(cluster: NvmeCluster, report: Report, rounds: int, runtime_s: float) -> None:
-    """Compare a volume of the node with its file on the storage machine."""
-    node = cluster.nodes[0]
-    volume = cluster.volume(node, raw_block(), SIZE_MIB * MIB)
+def measure_network(cluster: NvmeCluster, report: Report, rounds: int, mib: int, blocks: int) -> None:
+    """Compare a request to a volume of the node with one to its file on the storage machine."""
+    node, storage = cluster.nodes[0].machine, cluster.storage
+    volume = cluster.volume(cluster.nodes[0], raw_block(), SIZE_MIB * MIB)
     cluster.up(volume)
-    file = Path(cluster.storage.run(_EXPORTED).strip('"'))
-    node.machine.run(f"dd if=/dev/zero of={volume.target} bs=1M count={SIZE_MIB} oflag=direct status=none")
-    places = ((cluster.storage, file), (node.machine, volume.target))
-    for group, limits in zip(GROUPS, ((0, 0), SLOW), strict=True):
-        cluster.storage.limit_drive(*limits)
-        _compare(report, group, places, rounds, runtime_s)
+    file = Path(storage.run(_EXPORTED).strip('"'))
+    node.run(f"dd if=/dev/zero of={volume.target} bs=1M count={SIZE_MIB} oflag=direct status=none")
+    for role in (cluster.manager, cluster.nodes[0].service):
+        assert role is not None
+        role.close()  # the kernels go on without them
+    places = {"file": (storage, file, (storage,)), "volume": (node, volume.target, (storage, node))}
+    table = report.table(GROUP, ("", "depth", "file us", "storage", "node", "lowest", "highest"))
+    for name, pattern in PATTERNS.items():
+        for depth in DEPTHS:
+            count, found = mib if pattern.size == "1m" else blocks, []
+            for _ in range(rounds):
+                [file_s] = _each_s(*places["file"], pattern, depth, count)
+                found.append((file_s, *(each / file_s for each in _each_s(*places["volume"], pattern, depth, count))))
+            file_s, at_storage, at_node = (statistics.median(each) for each in zip(*found, strict=True))
+            sums = [at_storage + at_node for _, at_storage, at_node in found]
+            table.row(name, depth, file_s * 1e6, at_storage, at_node, min(sums), max(sums))
+            for machine, value in (("storage machine", at_storage), ("node", at_node)):
+                report.point("queue depth", f"{GROUP}: {name}, {machine}", depth, value)
 
 
-def _compare(
-    report: Report, group: str, places: tuple[tuple[Machine, Path], ...], rounds: int, runtime_s: float
-) -> None:
-    options = (f"size={SIZE_MIB}m", "time_based", f"runtime={int(runtime_s * 1000)}ms")
+def _each_s(
+    runs_on: Machine, place: Path, measured: tuple[Machine, ...], pattern: Pattern, depth: int, count: int
+) -> list[float]:
+    """Return the processor time of one request in each measured machine."""
 
-    def rate(machine: Machine, place: Path, pattern: str, depth: int) -> float:
-        [found] = fio_rates(machine.run(fio_script([job_lines(place, PATTERNS[pattern], depth)], *options)))
-        return found
+    def used_s(requests: int) -> list[float]:
+        lines = [*job_lines(place, pattern, depth), f"size={SIZE_MIB}m", f"number_ios={requests}"]
+        before = [machine.processor_s() for machine in measured]
+        runs_on.run(fio_script([lines]))
+        return [machine.processor_s() - begin for machine, begin in zip(measured, before, strict=True)]
 
-    (storage, _), (node, _) = places
-    table = report.table(group, ("", "depth", "file per s", "median", "lowest", "highest"))
-    for pattern, depth in ((pattern, depth) for pattern in PATTERNS for depth in DEPTHS):
-        files, ratios = [], []
-        for number in range(rounds):
-            in_turn = places if number % 2 == 0 else places[::-1]
-            per_s = {machine.name: rate(machine, place, pattern, depth) for machine, place in in_turn}
-            files.append(per_s[storage.name])
-            ratios.append(per_s[node.name] / per_s[storage.name])
-        middle = statistics.median(ratios)
-        table.row(pattern, depth, round(statistics.median(files)), middle, min(ratios), max(ratios))
-        report.point("queue depth", f"{group}: {pattern}", depth, middle)
+    threads = min(depth, 8) if pattern.flushes else 1
+    few, many = used_s(FEW), used_s(FEW + count // threads)
+    return [(more - less) / (count // threads * threads) for less, more in zip(few, many, strict=True)]
 
 
 def main() -> None:
@@ -73,7 +77,7 @@ def main() -> None:
         cluster = NvmeCluster(options.guest, Path(directory), addresses=("10.8.0.1",), nodes=("node-a",))
         try:
             cluster.start()
-            measure_network(cluster, report, *((1, 1.0) if options.quick else (3, 2.0)))
+            measure_network(cluster, report, *((1, 8, 64) if options.quick else (3, 32, 1024)))
         except BaseException:
             print(cluster.logs())
             raise
