@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from csi_driver.background import Backoff, SelfPaced
-from csi_driver.errors import StorageUnavailable, shown
+from csi_driver.errors import StorageUnavailable, SystemCallFailed, shown
 from csi_driver.host.syscalls import closing, system_call
 from csi_driver.nvme_model import HostKeys, is_dhchap_key, new_dhchap_key
 
@@ -134,7 +134,9 @@ class NodeKeys:
                 raise ValueError
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError):  # its text could quote a key
+        except OSError as error:  # a new key would be of no use to connections that the targets know by this one
+            raise SystemCallFailed(f"read {self.directory / _FILE}", error.errno or 0) from error
+        except (ValueError, TypeError, KeyError):  # its text could quote a key
             _LOG.error("%s cannot be read: this node makes a new key", self.directory / _FILE)
             return None
         return keys

@@ -378,12 +378,12 @@ def test_a_volume_that_is_being_disconnected_or_refused_gets_neither_a_device_no
     machine.connect(export)
     record = machine.volumes.records.all()[NAME]
     machine.node.unlink()
-    machine.volumes.records.put(replace(record, is_ending=True))
+    machine.volumes.records.change(record, lambda now: replace(now, is_ending=True))
     assert not machine.volumes.place_node(record)
     assert not machine.node.exists()
     machine.volumes.end_subsystem(export.nqn, soon())
     for given_up in (replace(record, is_ending=True), replace(record, is_refused=True)):
-        machine.volumes.records.put(given_up)
+        machine.volumes.records.put(given_up, machine.volumes.records.get(NAME))
         machine.volumes.start_connect(record, record.export.paths[0]).result(WAIT_S)
         assert machine.volumes.sysfs.find(export.nqn) is None
 
@@ -557,6 +557,15 @@ def test_the_keeper_connects_again_when_the_kernel_has_given_up_every_path(machi
     assert machine.keeper.states().reconnects == 1
 
 
+def test_the_keeper_makes_a_device_node_again_that_another_program_has_removed(machine: Machine, volume: str) -> None:
+    machine.connect(machine.export(volume))
+    machine.keep()
+    machine.keep()
+    machine.node.unlink()
+    machine.keep()
+    assert machine.volumes.evidence_of(machine.number()) == volume
+
+
 def test_the_keeper_knows_a_lost_controller_from_another_one_of_its_name(machine: Machine, volume: str) -> None:
     export, other = machine.export(volume), machine.export(str(uuid.uuid4()))
     machine.connect(export)
@@ -577,7 +586,7 @@ def test_the_keeper_probes_no_more_paths_at_once_than_a_process_has_descriptors_
         paths = tuple(f"10.0.{number}.{portal}:23000" for portal in range(16))
         export = NvmeExport(subsystem_nqn(machine.pool, volume, str(number)), paths)
         record = Connection(f"csi-{number}", volume, export, SIZE, ConnectOptions(), frozenset((HOLDER,)))
-        machine.volumes.records.put(record)
+        machine.volumes.records.put(record, None)
         wanted.update(paths)
     probed: list[frozenset[str]] = []
 
@@ -799,6 +808,28 @@ def test_a_disconnect_that_ends_late_leaves_the_connection_of_a_later_stage_of_t
     assert machine.io_enabled()
 
 
+def test_a_connect_does_not_replace_the_record_that_another_driver_has_made_meanwhile(
+    machine: Machine, volume: str
+) -> None:
+    earlier, later = machine.export(volume), machine.export(volume, token="2")
+    first = machine.volumes
+    found = first.records.get
+
+    def find_late(name: str) -> Connection | None:
+        record = found(name)
+        first.records.get = found  # type: ignore[method-assign]
+        machine.restarted()
+        machine.connect(later, holder="/staging/b")
+        return record
+
+    first.records.get = find_late  # type: ignore[method-assign]
+    given = ConnectedVolume(NAME, volume, at(earlier))
+    with pytest.raises(StorageUnavailable, match="another driver of this node"):
+        first.connect(given, HOLDER, deadline=soon())
+    status = machine.status()
+    assert (status.nqn, status.holders, status.io_enabled) == (later.nqn, ("/staging/b",), True)
+
+
 def test_drivers_of_one_node_change_a_record_one_after_the_other(machine: Machine, volume: str) -> None:
     machine.connect(machine.export(volume))
     first, (second, _) = machine.volumes, machine.restarted()
@@ -873,7 +904,8 @@ def test_a_connection_of_another_pool_is_no_orphan(machine: Machine, volume: str
 def test_a_disconnect_that_was_interrupted_is_finished_by_the_repeated_one(machine: Machine, volume: str) -> None:
     export = machine.export(volume)
     machine.connect(export)
-    machine.volumes.records.put(replace(machine.volumes.records.all()[NAME], is_ending=True))
+    record = machine.volumes.records.all()[NAME]
+    machine.volumes.records.put(replace(record, is_ending=True), record)
     machine.restarted()
     machine.keep()
     machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
@@ -884,7 +916,8 @@ def test_a_disconnect_that_was_interrupted_is_finished_by_the_repeated_one(machi
 def test_a_connect_after_an_interrupted_disconnect_connects_anew(machine: Machine, volume: str) -> None:
     export = machine.export(volume)
     machine.connect(export)
-    machine.volumes.records.put(replace(machine.volumes.records.all()[NAME], is_ending=True))
+    record = machine.volumes.records.all()[NAME]
+    machine.volumes.records.put(replace(record, is_ending=True), record)
     machine.restarted()
     machine.connect(export, holder="/staging/b")
     assert machine.io_enabled()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.embedded.settings import StorageSettings
-from csi_driver.errors import StorageUnavailable
+from csi_driver.errors import HostFailure, StorageUnavailable
 from csi_driver.host.nvme_keys import NodeKeys, Registration
 from csi_driver.http_requests import HttpRequest, HttpResponse, HttpServer
 from csi_driver.nvme_model import is_dhchap_key, new_dhchap_key
@@ -176,6 +177,20 @@ def test_a_file_of_keys_that_cannot_be_read_is_replaced(keys: NodeKeys) -> None:
     again = NodeKeys(keys.directory, keys.registration, lambda: NODE)
     assert is_dhchap_key(again.get().host)
     assert again.get().host != keys.get().host
+
+
+def test_a_key_that_cannot_be_read_now_is_not_replaced(keys: NodeKeys, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = keys.get()
+    again = NodeKeys(keys.directory, keys.registration, lambda: NODE)
+
+    def refuse(file: Path) -> str:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refuse)
+        with pytest.raises(HostFailure, match="Too many open files"):
+            again.get()
+    assert again.get() == own
 
 
 @pytest.mark.parametrize("status", [200, 401, 409, 500])

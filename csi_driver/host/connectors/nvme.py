@@ -119,10 +119,11 @@ class NvmeVolumes:
         present: Collection[str] = ()  # without a record of this subsystem nothing is connected
         if before is not None and (before.export.nqn != export.nqn or is_left):
             self._end(before, deadline)
+            before = None
         elif before is not None:
             record = replace(record, holders=before.holders | record.holders)
             present = self._paths_of(record)
-        self.records.put(record)
+        self.records.put(record, before)
         self._connect_paths(record, [path for path in export.paths if path not in present], deadline)
         if not deadline.wait_until(lambda: self.place_node(record), first_s=_FIRST_S, most_s=_MOST_S):
             missing = why_no_io(record, self.sysfs.find(export.nqn)) or "its block device is not made yet"
@@ -260,6 +261,9 @@ class NvmeVolumes:
             block_devices.ensure_node(self._device_root / record.name, head.number)
         return True
 
+    def has_node(self, name: str) -> bool:
+        return block_devices.node_number(self._device_root / name) is not None
+
     def volume(self, name: str) -> VolumeStatus | None:
         """Return the status of a connected volume, from sysfs; None when this node did not connect it."""
         record = self.records.get(name)
@@ -314,13 +318,12 @@ class NvmeVolumes:
         self.records.change(record, lambda now: replace(now, is_ending=True))
         self._finish_connects(record, deadline)
         self.end_subsystem(record.export.nqn, deadline)
-        node = self._device_root / record.name
         with self.records.changing():
             now = self.records.get(record.name)
             if now is None or now.export.nqn != record.export.nqn or not now.is_ending:
                 return  # another driver of this node was quicker, and may have connected the volume again
-            if block_devices.node_number(node) is not None:
-                node.unlink(missing_ok=True)
+            if self.has_node(record.name):
+                (self._device_root / record.name).unlink(missing_ok=True)
             self.records.remove(record.name)
 
     def _require_unclaimed(self, record: Connection) -> None:

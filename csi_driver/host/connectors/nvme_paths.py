@@ -49,7 +49,7 @@ class PathKeeper:
     _swept: frozenset[tuple[str, int]] | None = field(default=None, init=False)
 
     def keep(self) -> None:
-        """Look at every path; without a change that reads one directory, and one file for each path."""
+        """Look at every path; without a change that reads one directory, a device node, and one file for each path."""
         self._harvest()
         records = self.volumes.records.all()
         entries = self.volumes.sysfs.entries()
@@ -72,6 +72,7 @@ class PathKeeper:
         return (
             known is record
             and controllers <= entries
+            and self.volumes.has_node(record.name)
             and all(self.volumes.sysfs.state(name) == LIVE for name, _ in controllers)
         )
 

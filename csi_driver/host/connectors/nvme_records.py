@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_driver.errors import HostFailure, SystemCallFailed
+from csi_driver.errors import HostFailure, StorageUnavailable, SystemCallFailed
 from csi_driver.host.syscalls import closing, system_call
 from csi_driver.model import is_uuid, is_volume_name
 from csi_driver.nvme_model import ConnectedVolume, ConnectOptions, NvmeExport
@@ -128,8 +128,11 @@ class Records:
         with self._lock:
             return self._read(name)
 
-    def put(self, record: Connection) -> None:
+    def put(self, record: Connection, seen: Connection | None) -> None:
+        """Write a record in place of the one that was seen; raises `StorageUnavailable` when that has changed since."""
         with self.changing():
+            if self._read(record.name) != seen:
+                raise StorageUnavailable(f"another driver of this node works on volume {record.name}; retry")
             self._write(record)
 
     def change(self, record: Connection, change: Callable[[Connection], Connection]) -> Connection | None:

@@ -35,7 +35,7 @@ def target(*flags: str) -> Target:
 def record(directory: Path, *paths: str, name: str = "csi-1", is_refused: bool = False) -> None:
     export = NvmeExport(subsystem_nqn(POOL, VOLUME, "1"), paths)
     made = Connection(name, VOLUME, export, 0, ConnectOptions(), frozenset(("/staging",)), is_refused=is_refused)
-    Records(directory).put(made)
+    Records(directory).put(made, None)
 
 
 def problems(found: list[Finding]) -> list[tuple[Severity, str]]:
