@@ -161,11 +161,6 @@ class CsiClient(Connection):
         answer = self.call(self.controller.ControllerExpandVolume, request)
         return answer.capacity_bytes, answer.node_expansion_required
 
-    def modify_volume(self, volume_id: str, parameters: Mapping[str, str]) -> None:
-        """ControllerModifyVolume."""
-        request = pb.ControllerModifyVolumeRequest(volume_id=volume_id, mutable_parameters=dict(parameters))
-        self.call(self.controller.ControllerModifyVolume, request)
-
     def volumes(self, *, page: int = 0) -> Iterator[ListedVolume]:
         """ListVolumes to the end, `page` entries at a time (0: as many as the server gives)."""
         token = ""

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ from csi_driver.local.doctor import run_doctor
 from csi_driver.local.doctor_checks import checks
 from tests.contract.pki import Authority, Pair
 from tests.contract.small_api_server import Cluster, served
-from tests.contract.test_management_tls import TlsDouble, serving
-from tests.unit.management.double import PASSWORD, USER, Hangs, ManagementDouble, Says
+from tests.contract.test_management_tls import TlsDouble
+from tests.unit.management.double import PASSWORD, USER, Hangs, Says, running, serving
 
 pytestmark = pytest.mark.root
 
@@ -292,20 +291,8 @@ def clients(*rows: tuple[str, str]) -> Says:
     return Says([{"_id": name, "uuid": uuid, "client_status": 1} for name, uuid in rows])
 
 
-@contextmanager
-def plain() -> Iterator[ManagementDouble]:
-    double = ManagementDouble()
-    thread = threading.Thread(target=double.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield double
-    finally:
-        double.stop()
-        thread.join(5)
-
-
 def test_the_management_is_checked_for_the_client_of_this_machine(machine: Machine) -> None:
-    with plain() as double:
+    with running() as double:
         double.on("GET", "/clients/all/0/0", clients(("node-1", UUID), ("node-2", UUID.replace("1", "2"))))
         found = machine.check(*login(machine, double.url))
         assert "accepts the login" in found.of("login", "ok")
@@ -317,7 +304,7 @@ def test_the_management_is_checked_for_the_client_of_this_machine(machine: Machi
 
 
 def test_a_refused_login_is_an_error_without_the_password(machine: Machine) -> None:
-    with plain() as double:
+    with running() as double:
         double.password = "another one"
         done = machine.run(*login(machine, double.url))
         assert f"does not accept user '{USER}'" in done.stdout
@@ -326,7 +313,7 @@ def test_a_refused_login_is_an_error_without_the_password(machine: Machine) -> N
 
 
 def test_an_old_api_version_is_an_error(machine: Machine) -> None:
-    with plain() as double:
+    with running() as double:
         double.on("GET", "/systemInfo", Says({"APIVersion": "14.1.0", "version": "2.0"}))
         assert "expected API version 15 or newer" in machine.check(*login(machine, double.url)).of("login", "error")
 
@@ -362,7 +349,7 @@ def test_a_certificate_of_another_authority_is_an_error(machine: Machine, author
 
 
 def test_unreachable_and_hanging_servers_do_not_hide_the_others(machine: Machine) -> None:
-    with plain() as good, plain() as hanging, socket.create_server(("127.0.0.1", 0)) as silent:
+    with running() as good, running() as hanging, socket.create_server(("127.0.0.1", 0)) as silent:
         good.on("GET", "/clients/all/0/0", clients(("node-1", UUID)))
         hanging.on("GET", "/systemInfo", Hangs())
         mute = f"http://127.0.0.1:{silent.getsockname()[1]}"

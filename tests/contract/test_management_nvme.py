@@ -19,7 +19,8 @@ from csi_driver.settings import AttachSettings
 from csi_driver.storage_model import Client, ClientStatus, DeviceStatus, Volume
 from tests.contract.direct_management import DirectClient
 from tests.contract.two_managements import EXCLUSIVE, READ_ONLY, SHARED, Actor
-from tests.fakes.management import FakeClock, FakeClusters, FakeManagement
+from tests.fakes.clock import FakeClock
+from tests.fakes.management import FakeClusters, FakeManagement
 from tests.unit.controller.world import RWO
 from tests.unit.embedded.test_nvme_exports import Storage
 
@@ -40,7 +41,7 @@ class Side(Protocol):
 
 class FakeSide:
     def __init__(self) -> None:
-        self.management = FakeManagement(clock=FakeClock())
+        self.management = FakeManagement(clock=FakeClock(1000.0))
         for node in (NODE, OTHER):
             self.management.add_node(node)
 

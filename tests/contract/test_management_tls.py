@@ -8,7 +8,6 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from csi_driver.management.settings import ManagementSettings
 from csi_driver.management.transport import Request, Transport
 from tests.contract.pki import Authority, Pair
 from tests.contract.two_managements import Storage
-from tests.unit.management.double import PASSWORD, USER, ManagementDouble, Says, sample
+from tests.unit.management.double import PASSWORD, USER, ManagementDouble, Says, sample, serving
 
 INFO = "/systemInfo"
 CSI_USER = "/OU=csi@nvidia.com/CN=CSI"
@@ -84,17 +83,6 @@ class TlsDouble(ManagementDouble):
     @property
     def url(self) -> str:
         return f"https://127.0.0.1:{self.server_address[1]}"
-
-
-@contextmanager
-def serving(double: TlsDouble) -> Iterator[TlsDouble]:
-    thread = threading.Thread(target=double.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield double
-    finally:
-        double.stop()
-        thread.join(5)
 
 
 @pytest.fixture

@@ -572,16 +572,3 @@ class FakeTools:
 
     def problems(self) -> Sequence[str]:
         return tuple(self._host.present_problems)
-
-
-class FakeClock:
-    """Time that passes only in `sleep`."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds

@@ -21,8 +21,9 @@ from csi_driver.node_settings import NodeSettings
 from csi_driver.nvme_model import NvmeExport
 from csi_driver.publish_context import Encryption, History, PublishContext
 from csi_driver.thread_pool import Job
+from tests.fakes.clock import FakeClock
 from tests.fakes.disks import MIB
-from tests.fakes.host import FakeClock, FakeHost
+from tests.fakes.host import FakeHost
 from tests.fakes.reports import Reports
 
 UUID = "0a6f1c1e-9d1b-4b7e-8f6b-3f1d2c5b7a90"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver import driver_version
@@ -31,6 +30,7 @@ from csi_driver.rpc.identity import IdentityService
 from csi_driver.rpc.server import Server
 from csi_driver.serving import _controller_use_cases
 from csi_driver.settings import ControllerSettings, EndpointSettings
+from tests.fakes.clock import FakeClock
 from tests.fakes.nvme_kernel import NvmeKernel
 from tests.integration.cluster import Cluster
 from tests.integration.nvme_nodes import ADDRESS, NvmeNode
@@ -40,26 +40,13 @@ GIB = 1 << 30
 _DETACH_WAIT_S = 1.0
 
 
-@dataclass
-class HandClock:
-    """The manager's clock: time passes when a test says so."""
-
-    now_s: float = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
 class NvmeCluster(Cluster):
     """`Cluster`, without processes. The storage machine is no node."""
 
     def __init__(self, directory: Path, *, nodes: Sequence[str]) -> None:
         super().__init__(directory, clients=nodes, nodes=nodes)
         self.kernel = NvmeKernel()
-        self.clock = HandClock()
+        self.clock = FakeClock(1000.0)
         self.machines: dict[str, NvmeNode] = {}
         self._running = contextlib.ExitStack()
 

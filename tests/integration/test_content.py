@@ -210,8 +210,3 @@ def test_a_key_that_the_filesystem_cannot_have_is_refused_before_the_volume_is_m
     name = f"test-mkfs-refused-{len(parameters)}"
     with pytest.raises(CallFailed, match=f"INVALID_ARGUMENT: {said}"):
         rig.controller.create_volume(name, required_bytes=GIB, capabilities=[filesystem("ext4")], parameters=parameters)
-
-
-def found_by_blkid(device: Path) -> str:
-    """Return what blkid finds on the device; empty when it finds nothing."""
-    return subprocess.run(["blkid", "-p", str(device)], check=False, capture_output=True, text=True).stdout

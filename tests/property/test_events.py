@@ -21,26 +21,16 @@ from csi_driver.kubernetes.events import BURST, EXPIRY_S, MOST_WAITING, REFILL_S
 from csi_driver.model import Claim
 from csi_driver.reporting import EventReason, Subject
 from csi_driver.settings import ApiSettings
+from tests.fakes.clock import FakeClock
 
 UID = "0d7c1f0e-5a3b-4f6d-9c1e-2b7a8d9e0f11"
-
-
-@dataclass
-class Clock:
-    now_s: float = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 @dataclass(slots=True)
 class Server(ApiServer):
     """Keeps what it is sent, with the time. `status`: of the refusal of every request."""
 
-    clock: Clock = field(default_factory=Clock)
+    clock: FakeClock = field(default_factory=lambda: FakeClock(1000.0))
     status: int | None = 201
     created: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
     counted: list[tuple[float, str, int]] = field(default_factory=list)
@@ -64,7 +54,7 @@ class World:
     """A recorder whose thread is not started: what waits is sent when the time passes."""
 
     def __init__(self, node_name: str = "") -> None:
-        self.clock = Clock()
+        self.clock = FakeClock(1000.0)
         self.server = Server(ApiSettings(), clock=self.clock)
         self.recorder = EventRecorder(self.server, "driver", "pod", node_name, self.clock)
         self.recorder.worker.start = lambda: None  # type: ignore[method-assign]

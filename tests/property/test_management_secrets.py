@@ -19,7 +19,7 @@ from csi_driver.errors import DriverError
 from csi_driver.management.client import ManagementClient
 from csi_driver.management.settings import ManagementSettings
 from csi_driver.storage_model import Volume
-from tests.unit.management.double import USER, Breaks, ManagementDouble, Says, SaysRaw, Step, running, sample
+from tests.unit.management.double import USER, Breaks, ManagementDouble, Says, SaysRaw, Step, sample, serving
 
 PASSWORD = "canary-password-7f3a"
 SESSION = "canary-session-91bc"
@@ -130,7 +130,7 @@ def test_no_secret_shows_in_any_log_or_error(data: st.DataObject, name: str, at_
     method, path, call = CALLS[name]
     # At the login and with a secret body everything may come back; elsewhere the server knows the session alone.
     secrets = EVERYTHING if at_login or name == "passphrase" else f"Cookie: connect.sid=s%3A{SESSION}.1"
-    with running(CanaryDouble) as server, tempfile.TemporaryDirectory() as directory, all_records() as records:
+    with serving(CanaryDouble()) as server, tempfile.TemporaryDirectory() as directory, all_records() as records:
         server.password = PASSWORD
         server.on("GET", "/systemInfo", Says(sample("system-info")))
         answer = data.draw(echoes(secrets))

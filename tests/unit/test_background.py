@@ -15,7 +15,7 @@ import pytest
 
 from csi_driver.background import STALE_S, Backoff, Periodic, SelfPaced, Worker, run_detached
 from csi_driver.errors import HostFailure
-from tests.fakes.host import FakeClock
+from tests.fakes.clock import FakeClock
 
 ERRORS = [HostFailure("no"), OSError(errno.EMFILE, os.strerror(errno.EMFILE)), RuntimeError("bug"), KeyError("bug")]
 

@@ -34,12 +34,12 @@ from csi_driver.publish_context import PublishContext
 from csi_driver.rpc.wire import VolumeList
 from csi_driver.settings import ControllerSettings
 from csi_driver.storage_model import Volume
-from tests.fakes.management import FakeClock, FakeClusters, FakeManagement, client_uuid
+from tests.fakes.clock import FakeClock
+from tests.fakes.management import FakeClusters, FakeManagement, client_uuid
 from tests.fakes.reports import Reports
 
 PVC = "pvc-01234567-89ab-cdef-0123-456789abcdef"
 RWO = Capability(MountAccess(), AccessMode.SINGLE_NODE_WRITER)
-RWOP = Capability(MountAccess(), AccessMode.SINGLE_NODE_SINGLE_WRITER)
 ROX = Capability(MountAccess(), AccessMode.MULTI_NODE_READER_ONLY)
 RWX_MOUNT = Capability(MountAccess(), AccessMode.MULTI_NODE_MULTI_WRITER)
 BLOCK = Capability(BlockAccess(), AccessMode.SINGLE_NODE_WRITER)
@@ -64,7 +64,7 @@ class World:
         management: Management | None = None,
         pool: ZonePool = ZONE_POOL,
     ) -> None:
-        self.clock: FakeClock = beside.clock if beside is not None else FakeClock()
+        self.clock: FakeClock = beside.clock if beside is not None else FakeClock(1000.0)
         made = {zone: FakeManagement(clock=self.clock) for zone in zones}
         self.zones: dict[str, FakeManagement] = beside.zones if beside is not None else made
         self.management = self.zones[zones[0]]

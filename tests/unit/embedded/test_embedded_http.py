@@ -26,6 +26,7 @@ from csi_driver.embedded.sessions import Password, Sessions
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import PreconditionFailed
 from csi_driver.http_requests import MAX_BODY_BYTES, HttpRequest, HttpResponse
+from tests.fakes.clock import FakeClock
 from tests.storage_switches import add_route
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import Json, settings_in
@@ -151,24 +152,13 @@ def test_the_password_is_for_its_owner_alone(server: StorageServer) -> None:
     assert len(server.password.path.read_text().strip()) >= 24
 
 
-class StillClock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
-def sessions_in(directory: Path, clock: StillClock) -> Sessions:
+def sessions_in(directory: Path, clock: FakeClock) -> Sessions:
     settings = StorageSettings(directory, session_idle_s=60)
     return Sessions(settings, Password.generated(directory / "password"), clock)
 
 
 def test_a_session_ends_when_it_is_idle_and_not_before(tmp_path: Path) -> None:
-    clock = StillClock()
+    clock = FakeClock()
     sessions = sessions_in(tmp_path, clock)
     session = sessions.open("admin", (tmp_path / "password").read_text().strip())
     for _ in range(5):

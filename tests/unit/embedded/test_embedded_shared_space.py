@@ -18,7 +18,7 @@ from csi_driver.embedded.layouts import BUILT_IN_GROUPS
 from csi_driver.embedded.model import VOLUMES, Source, Volume
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.store import Change, Store
-from tests.fakes.management import FakeClock
+from tests.fakes.clock import FakeClock
 from tests.unit.embedded.manager import GB, settings_in
 
 UNIT = 1 << 30
@@ -71,7 +71,7 @@ class SharedDisk(Pool):
 
 class Account:
     def __init__(self, directory: Path) -> None:
-        self.clock = FakeClock()
+        self.clock = FakeClock(1000.0)
         self.disk = SharedDisk(directory / "pool", self.clock)
         self.store = Store(self.disk.database)
         options = settings_in(directory, overcommit=False, size_bytes=FREE_UNITS * UNIT)

@@ -16,7 +16,7 @@ from csi_driver.embedded.layouts import BUILT_IN_GROUPS, Layout
 from csi_driver.embedded.model import VOLUMES, Volume
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.store import Change, Store
-from tests.fakes.management import FakeClock
+from tests.fakes.clock import FakeClock
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.manager import GB, Manager, running, settings_in
 
@@ -167,7 +167,7 @@ class Account:
     """An allocator on such a pool, of 100 GB, with volumes recorded as the manager does."""
 
     def __init__(self, directory: Path, free: int) -> None:
-        self.clock = FakeClock()
+        self.clock = FakeClock(1000.0)
         self.disk = Disk(directory / "pool", self.clock, 100 * GB)
         self.store = Store(self.disk.database)
         self.allocator = Allocator(settings_in(directory, overcommit=False), self.disk, self.store, self.clock)

@@ -14,7 +14,7 @@ from csi_driver.errors import HostFailure
 from csi_driver.kubernetes.api import ApiFailed, ApiServer, Node, attachment_name
 from csi_driver.kubernetes.node_object import PreStop
 from csi_driver.settings import ApiSettings
-from tests.fakes.host import FakeClock
+from tests.fakes.clock import FakeClock
 
 DRIVER, TIME_S = "driver", 100.0
 

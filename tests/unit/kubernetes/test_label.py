@@ -16,7 +16,7 @@ from csi_driver.kubernetes import node_object
 from csi_driver.kubernetes.api import ApiServer
 from csi_driver.kubernetes.node_object import LABEL, READY, UNUSABLE_CHECKS, ClientLabel
 from csi_driver.settings import ApiSettings
-from tests.fakes.host import FakeClock
+from tests.fakes.clock import FakeClock
 
 
 @dataclass

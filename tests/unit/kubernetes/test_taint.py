@@ -14,7 +14,7 @@ from csi_driver.errors import StorageUnavailable
 from csi_driver.kubernetes.api import ApiServer, Conflict, Node
 from csi_driver.kubernetes.node_object import STARTING_INTERVAL_S, TAINT_INTERVAL_S, StartupTaint
 from csi_driver.settings import ApiSettings
-from tests.fakes.host import FakeClock
+from tests.fakes.clock import FakeClock
 
 KEY = "driver/agent-not-ready"
 STARTUP: Mapping[str, object] = {"key": KEY, "effect": "NoSchedule", "value": "any"}

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +19,7 @@ from csi_driver.local.demo import SIGNALS, Interrupted, interrupt, prepare_direc
 from csi_driver.local.demo_steps import Cleanup, Screen
 from csi_driver.local.supervisor import why_impossible
 from csi_driver.rpc.client import CallFailed
-
-
-@dataclass
-class FakeClock:
-    now: float = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
+from tests.fakes.clock import FakeClock
 
 
 def test_another_user_than_root_is_refused() -> None:

@@ -25,22 +25,10 @@ from csi_driver.local.supervisor import (
     role_argv,
     stop_on_signals,
 )
+from tests.fakes.clock import FakeClock
 
 PROGRAM = ("program",)
 LONGEST = 107 - len("/controller.sock")
-
-
-@dataclass
-class FakeClock:
-    """Time passes only in `sleep`."""
-
-    now: float = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class FakeProcess(ChildProcess):
@@ -265,7 +253,7 @@ def test_a_stop_requested_while_starting_ends_the_start(tmp_path: Path) -> None:
     with closing(it.supervisor):
         it.supervisor.start()
         assert it.supervisor.stop.is_set()
-    assert it.clock.now < 5
+    assert it.clock.now_s < 5
 
 
 def test_every_client_gets_its_own_directory_on_the_command_line_of_storage() -> None:

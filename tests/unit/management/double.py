@@ -13,10 +13,11 @@ import struct
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 USER = "csi@example.com"
@@ -227,10 +228,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+Double = TypeVar("Double", bound=ManagementDouble)
+
+
+def running() -> AbstractContextManager[ManagementDouble]:
+    return serving(ManagementDouble())
+
+
 @contextmanager
-def running(made: Callable[[], ManagementDouble] | None = None) -> Iterator[ManagementDouble]:
+def serving(double: Double) -> Iterator[Double]:
     """Serve until the block ends."""
-    double = (made or ManagementDouble)()
     thread = threading.Thread(target=double.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

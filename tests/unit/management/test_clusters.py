@@ -17,7 +17,7 @@ from csi_driver.management.clusters import FileClusters, open_clusters
 from csi_driver.management.settings import ClusterDefaults, ManagementSettings
 from csi_driver.telemetry.metrics import ManagementMetrics
 from csi_driver.yaml_document import InvalidDocument
-from tests.fakes.management import FakeClock
+from tests.fakes.clock import FakeClock
 
 DEFAULTS = ClusterDefaults(ManagementSettings((), username="u", password_file=Path("/p")), "single-zone-cluster")
 TWO = "zones: {a: {servers: m1}, b: {servers: m2}}"
@@ -39,7 +39,7 @@ class Described:
     def __init__(self, directory: Path, text: str = TWO) -> None:
         self.path = directory / "clusters.yaml"
         self.path.write_text(text)
-        self.clock = FakeClock()
+        self.clock = FakeClock(1000.0)
         self.clusters = FileClusters(self.path, DEFAULTS, Client, clock=self.clock)
 
     def write(self, text: str, *, later_s: float = 2.0) -> None:
@@ -133,7 +133,7 @@ def test_a_config_map_that_is_replaced_by_its_link_is_noticed(tmp_path: Path) ->
         os.replace(tmp_path / "..new", tmp_path / "..data")  # as kubelet does it
 
     version("..1", "m1")
-    clock = FakeClock()
+    clock = FakeClock(1000.0)
     for key in ("management.servers", "management.protocol"):
         (tmp_path / key).symlink_to(f"..data/{key}")
     clusters = FileClusters(tmp_path, DEFAULTS, ManagementClient, clock=clock)

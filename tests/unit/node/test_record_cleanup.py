@@ -21,7 +21,7 @@ from csi_driver.node.usage_records import (
     UsageRecord,
     UsageRecords,
 )
-from tests.fakes.host import FakeClock
+from tests.fakes.clock import FakeClock
 from tests.fakes.node import NAME, UUID, FakeNode, FakeUsageRecords
 
 

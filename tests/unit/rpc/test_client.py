@@ -13,20 +13,8 @@ from csi_driver.model import AccessMode, BlockAccess, Capability, MountAccess
 from csi_driver.rpc.client import CallFailed
 from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.client import CsiClient, capability_message
+from tests.fakes.clock import FakeClock
 from tests.unit.rpc.fakes import serving
-
-
-class Time:
-    """A clock that only `sleep` moves."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def test_an_endpoint_that_serves_is_ready(tmp_path: Path) -> None:
@@ -42,16 +30,16 @@ def test_a_socket_with_an_odd_name_is_served_and_reached(tmp_path: Path, name: s
 
 def test_waiting_for_a_missing_socket_returns_the_reason(tmp_path: Path) -> None:
     with CsiClient(tmp_path / "none.sock") as client:
-        reason = client.wait_ready(Deadline.after(1, Time()))
+        reason = client.wait_ready(Deadline.after(1, FakeClock()))
     assert reason is not None
     assert "UNAVAILABLE" in reason
 
 
 def test_waiting_ends_when_told_to_give_up(tmp_path: Path) -> None:
-    time = Time()
+    time = FakeClock()
     with CsiClient(tmp_path / "none.sock") as client:
         assert client.wait_ready(Deadline.after(60, time), give_up=lambda: True)
-    assert time.now == 0
+    assert time.now_s == 0
 
 
 def test_a_path_too_long_for_a_socket_is_refused_at_once(tmp_path: Path) -> None:

@@ -24,23 +24,11 @@ from csi_driver.rpc import client as client_module
 from csi_driver.rpc import registration as module
 from csi_driver.rpc.client import SelfCheck
 from csi_driver.rpc.registration import Registration
+from tests.fakes.clock import FakeClock
 from tests.fakes.kubelet import Kubelet, Plugin
 from tests.unit.rpc.fakes import Endpoint, serving
 
 NAME = "nvmesh-csi.example.com"
-
-
-@dataclass
-class Clock:
-    """A clock that only the test moves."""
-
-    now_s: float = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 @dataclass
@@ -62,7 +50,7 @@ class Scene:
     directory: Path
     drafts: Path
     endpoint: Endpoint
-    clock: Clock = field(default_factory=Clock)
+    clock: FakeClock = field(default_factory=lambda: FakeClock(1000.0))
     node: Node = field(default_factory=Node)
     cleanup: ExitStack = field(default_factory=ExitStack)
 
