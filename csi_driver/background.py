@@ -265,7 +265,7 @@ class Worker(Background):
 
 
 def run_detached(name: str, job: Callable[[], T]) -> Future[T]:
-    """Run a job once in a daemon thread. Unexpected exceptions are logged: nobody may wait for the result."""
+    """Run a job once in a daemon thread. Unexpected exceptions are logged, because the result may be unused."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 

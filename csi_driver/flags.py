@@ -298,8 +298,8 @@ def required(placeholder: T, name: str, read: Reader[T], effect: str) -> T:
     return Flag(placeholder, name, read, effect, is_required=True).field()
 
 
-def repeatable(default: tuple[T, ...], name: str, read: Reader[T], effect: str, *, shown: str) -> tuple[T, ...]:
-    return Flag(default, name, read, effect, shown, is_repeatable=True).field()
+def repeatable(name: str, read: Reader[T], effect: str, *, shown: str) -> tuple[T, ...]:
+    return Flag((), name, read, effect, shown, is_repeatable=True).field()
 
 
 def section(settings: type[T]) -> T:

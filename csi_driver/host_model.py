@@ -248,7 +248,7 @@ ext4 leaves out a last block group that its tables would fill (at most 6.2 MiB w
 allocation group below 64 blocks: with less, both would be grown again at every stage.
 """
 UNUSABLE_TAIL_BYTES = 16 << 20
-"""What a growth may leave; more than the threshold, as mkfs options enlarge the tables that ext4 has no room for."""
+"""A growth may leave so much; more than the threshold, as mkfs options enlarge the tables that ext4 lacks room for."""
 
 LUKS_SUBSYSTEM = "nvmesh-csi"
 """In the header of every volume that this driver encrypted; the label is the volume's uuid."""

@@ -87,7 +87,7 @@ class HttpServer(BoundedServer):
         self.socket.settimeout(self.poll_s)
         self.respond, self._failed, self.thread_name = respond, failed, thread_name
         self.is_ending = False
-        """Accept no more connections; a signal handler may set it."""
+        """Accept no further connections; a signal handler may set it."""
 
     def serve(self) -> None:
         while not self.is_ending:
@@ -139,7 +139,7 @@ class _Handler(LimitedHandler):
             super().handle_one_request()
 
     def parse_request(self) -> bool:
-        """Refuse too what the library accepts and another reader may take for something else."""
+        """Refuse also requests that the library accepts and another reader may read differently."""
         if not super().parse_request():
             return False
         first, *headers, _ = self._input.lines

@@ -129,7 +129,7 @@ _CLAIM = re.compile(r"([a-z0-9-]{1,63})/([a-z0-9.-]{1,253})/([0-9a-f]{8}(?:-[0-9
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A PersistentVolumeClaim. The uid tells it from a later claim of the same name."""
+    """A PersistentVolumeClaim. A later claim of the same name has another uid."""
 
     namespace: str
     name: str

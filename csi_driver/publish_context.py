@@ -40,8 +40,8 @@ class PublishContext:
 
     `format_allowed`: an administrator allowed this attachment to format over old data. `stripe_unit_bytes`,
     `stripe_bytes`: contiguous bytes on one drive, and the data of a whole stripe; 0 = no stripes, or unknown.
-    `populated`: made from a snapshot or another volume, whose content it has; `inherited_uuids`: the volumes whose
-    filesystem or LUKS header that content may be. `private_copy`: the device of a reader is a copy for this node alone.
+    `populated`: has the content of a snapshot or another volume; `inherited_uuids`: those of the volumes that this
+    content's filesystem or LUKS header may be of. `private_copy`: the device of a reader is a copy for this node alone.
     `claim`: for which the volume was created, for events; no decision depends on it. `nvme`: the node connects to this
     export; None: the node's storage client makes the device.
     """

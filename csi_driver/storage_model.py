@@ -291,7 +291,7 @@ class VolumeOnClient:
 
 
 class Deletion(IntEnum):
-    """What a request to delete a volume did. BEGUN: the volume is gone later."""
+    """Result of a request to delete a volume. BEGUN: the volume is gone later."""
 
     NOT_FOUND = 0
     BEGUN = 1
@@ -343,7 +343,6 @@ class SnapshotGroup:
     created: datetime
     snapshots: tuple[Snapshot, ...]
     is_ready: bool = True
-    metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +374,7 @@ class ReclaimedSpace:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the storage offers beside volumes. `reason`: why there are no snapshots; it names the engine."""
+    """Optional features of the storage. `reason`: why there are no snapshots; it names the engine."""
 
     snapshots: bool = False
     group_snapshots: bool = False
@@ -390,5 +389,4 @@ class Features:
 class SystemInfo:
     version: str
     api_version: str
-    cluster_id: str
     features: Features = Features()

@@ -26,7 +26,7 @@ LOST_LIMIT = 512
 TICK_S = 0.01
 """While jobs are queued, the running ones are checked at this interval."""
 _BUSY_S = 0.0001  # a job that got less processor time since the last check is blocked
-_LONG_S = 0.1  # a job that computes for longer does not hold up others: the scan of a volume takes hours
+_LONG_S = 0.1  # a job that computes for longer does not delay others: the scan of a volume takes hours
 
 
 class Job(Future[T]):
@@ -266,6 +266,6 @@ class SharedJobs:
                 del self._jobs[key]
 
     def running(self, *begin: str) -> list[Job[None]]:
-        """Return the jobs whose keys begin with these words."""
+        """Return the jobs with keys that begin with these words."""
         with self._lock:
             return [job for key, job in self._jobs.items() if key[: len(begin)] == begin]

@@ -141,7 +141,7 @@ class Allocator:
         change.put(TOTALS, "pool", totals)
 
     def reserve(self, change: Change, volume: Volume, occupied_bytes: int) -> None:
-        """Keep space for a volume that is to be cut, whose file has these bytes on disk. Raises NoSpace.
+        """Keep space for a volume that is to be cut; its file has these bytes on disk. Raises NoSpace.
 
         The snapshot shares them, so the volume takes new ones when it writes there, at most that many until the next
         cut: what earlier snapshots alone hold is no longer free. The files of snapshots are never written to.
@@ -151,7 +151,7 @@ class Allocator:
             raise NoSpace(f"{free} bytes are free in the pool's filesystem, expected at least {least} (--reserve)")
         shared_blocks = self._shared_blocks(occupied_bytes)
         more = shared_blocks - volume.shared_blocks
-        # Also where nothing more is kept: its writes since the last cut took what was kept for them.
+        # Also where nothing more is kept: its writes since the last cut took the space that was kept for them.
         missing_bytes = more * BLOCK_SIZE - self._unpromised_bytes(change, more * BLOCK_SIZE)
         if shared_blocks and missing_bytes > 0:
             raise NoSpace(
@@ -186,7 +186,7 @@ class Allocator:
         return max(0, self._unpromised_bytes(view, enough * BLOCK_SIZE)) // BLOCK_SIZE
 
     def _unpromised_bytes(self, view: Change | Store, enough_bytes: int) -> int:
-        """Return the free bytes less what the volumes still need; negative when those are missing.
+        """Return the free bytes less those that the volumes still need; negative when those are missing.
 
         If there are enough even when no allocated block is written yet, the files are not scanned, and the result may
         be too small. Later writes of other programs are not counted. With `overcommit` only the reserve is kept.

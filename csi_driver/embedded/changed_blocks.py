@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changed blocks: what differs between two snapshots of a volume, by the addresses of their extents. Nothing is read.
+"""Changed blocks: differences of two snapshots of a volume, by the addresses of their extents. Nothing is read.
 
 The files of snapshots are never written to. While both exist, a block with one address in both is one block, so it has
-one content, and what has no block reads as zeros. Everything else counts as changed: too much is reported rather than
-too little. A remembered map of a deleted file would prove nothing, as its blocks may have got another content.
+one content, and a part without a block reads as zeros. Everything else counts as changed: too much is reported rather
+than too little. A remembered map of a deleted file would prove nothing, as its blocks may have got another content.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from csi_driver.embedded.documents import (
     NOT_SUPPORTED,
@@ -22,7 +20,7 @@ from csi_driver.embedded.documents import (
     ApiError,
 )
 from csi_driver.embedded.model import SNAPSHOTS, Document, Snapshot
-from csi_driver.embedded.pool import Pool
+from csi_driver.embedded.pool import Pool, opened
 from csi_driver.embedded.requests import ChangesQuery
 from csi_driver.embedded.settings import Reflinks
 from csi_driver.embedded.store import Store
@@ -36,7 +34,7 @@ _Ranges = list[tuple[int, int]]
 
 @dataclass(eq=False)
 class ChangedBlocks:
-    """`why_not`: why changes cannot be told here; "" when they can."""
+    """`why_not`: why changes cannot be found here; "" when they can."""
 
     store: Store
     pool: Pool
@@ -45,7 +43,7 @@ class ChangedBlocks:
     def __post_init__(self) -> None:
         self.why_not = self.pool.why_no_reflinks
         if self.reflinks is not None and not self.why_not:
-            with _opened(self.pool.snapshots) as directory:
+            with opened(self.pool.snapshots) as directory:
                 self.why_not = self.reflinks.why_not_comparable(directory)
 
     def page(self, name: str, query: ChangesQuery) -> Document:
@@ -55,11 +53,11 @@ class ChangedBlocks:
         """
         if self.why_not or self.reflinks is None:
             raise ApiError(NOT_SUPPORTED, self.why_not)
-        with contextlib.ExitStack() as opened:
-            target, target_fd = self._opened(opened, name, query.uuid)
+        with contextlib.ExitStack() as stack:
+            target, target_fd = self._opened(stack, name, query.uuid)
             sides, shared_bytes = [target_fd], target.bytes
             if query.base_uuid is not None:
-                base, base_fd = self._opened(opened, query.base, query.base_uuid)
+                base, base_fd = self._opened(stack, query.base, query.base_uuid)
                 if base.volume_uuid != target.volume_uuid:
                     raise ApiError(
                         SOURCE_NOT_USABLE, f"snapshots {base.name} and {target.name} are not of the same volume"
@@ -81,7 +79,7 @@ class ChangedBlocks:
         """Open the file of a snapshot. While it is open, its blocks keep their content, also when it is deleted."""
         self._require(name, identity)  # before, too: a cut that is made again replaces its file
         try:
-            descriptor = stack.enter_context(_opened(self.pool.snapshot_file(identity)))
+            descriptor = stack.enter_context(opened(self.pool.snapshot_file(identity)))
         except FileNotFoundError as problem:
             raise ApiError(SNAPSHOT_NOT_FOUND, f"Snapshot not found: {name}") from problem
         return self._require(name, identity), descriptor
@@ -91,15 +89,6 @@ class ChangedBlocks:
         if snapshot is None or snapshot.uuid != identity or not snapshot.is_ready:
             raise ApiError(SNAPSHOT_NOT_FOUND, f"Snapshot not found: {name}")
         return snapshot
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _changes(reflinks: Reflinks, sides: Sequence[int], until: int, offset: int) -> tuple[_Ranges, int]:
@@ -124,7 +113,7 @@ def known_until(extents: Sequence[Extent]) -> int:
 
 
 def differences(base: Sequence[Extent], target: Sequence[Extent], offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield offset and length of what may differ from `offset` to `end`. Both lists are in ascending order."""
+    """Yield offset and length of parts that may differ from `offset` to `end`. Both lists are in ascending order."""
     lefts, rights = iter(base), iter(target)
     left, right = next(lefts, None), next(rights, None)
     while offset < end:

@@ -52,7 +52,7 @@ class Clones:
 
     def _checked(self, source: CloneSource) -> Path:
         """Return the source's file. Raises ApiError where it cannot be copied; the extents of a snapshot do not count,
-        as it has no writers, which a reflink would hold up.
+        as it has no writers, which a reflink would delay.
         """
         if source.kind == "volume":
             self.snapshots.measure(source)

@@ -141,7 +141,7 @@ class GroupSnapshots:
         return [each for each in found if each is not None and each.group_uuid == group.uuid]
 
     def delete(self, name: str, identity: str) -> None:
-        """Delete a group with its snapshots; what was made from them stays."""
+        """Delete a group with its snapshots; volumes that were made from them stay."""
         with self.locks.hold(_group_lock(name)), ExitStack() as held:
             group = self.store.get(SNAPSHOT_GROUPS, name)
             if group is None or group.uuid != identity:
@@ -194,7 +194,7 @@ class GroupSnapshots:
             self.worker.soon("thaw filesystems", self.freezes.recover)
 
     def recover(self) -> None:
-        """Thaw what the last run left frozen, and remove what it did not cut, or was deleting."""
+        """Thaw the filesystems of the last run; remove groups that were not cut, or were being deleted."""
         self._thaw_soon()
         for group in self.store.all(SNAPSHOT_GROUPS):
             if not group.is_ready:

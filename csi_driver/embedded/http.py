@@ -77,7 +77,7 @@ class _VolumeTexts:
     _known: dict[str, tuple[Volume, str]] = field(default_factory=dict)
 
     def serves(self, query: Query, volumes: int) -> bool:
-        """Return whether it is for this projection, and has no more texts of deleted volumes than of others."""
+        """Return whether it is for this projection, and not mostly of deleted volumes."""
         return query.projection == self.query.projection and len(self._known) <= 2 * volumes + 1000
 
     def of(self, volumes: Iterable[Volume]) -> Iterator[str]:

@@ -53,7 +53,7 @@ class _DirectorySync:
             if self._synced >= mine:
                 return
             begun = self.asked
-            with _opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+            with opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
                 os.fsync(descriptor)
             self._synced = begun
 
@@ -120,7 +120,7 @@ class Pool:
         """
         with (
             _named(f"look at the file system of {self.volumes}"),
-            _opened(self.volumes, os.O_RDONLY | os.O_DIRECTORY) as descriptor,
+            opened(self.volumes, os.O_RDONLY | os.O_DIRECTORY) as descriptor,
         ):
             try:
                 return int.from_bytes(fcntl.ioctl(descriptor, _FIGETBSZ, bytes(4)), sys.byteorder)
@@ -187,7 +187,7 @@ class Pool:
         """
         path = self.file(identity)
         with _named(f"make {path} of {size_bytes} bytes"):
-            with _opened(path, os.O_CREAT | os.O_RDWR) as descriptor:
+            with opened(path, os.O_CREAT | os.O_RDWR) as descriptor:
                 self._extend(descriptor, size_bytes)
                 if synced:
                     os.fsync(descriptor)
@@ -213,7 +213,7 @@ class Pool:
 
     def extend_private(self, file: Path, size_bytes: int) -> None:
         """Extend a reader's copy, if it exists. Its end takes no space, also where volumes are preallocated."""
-        with _named(f"extend {file}"), contextlib.suppress(FileNotFoundError), _opened(file, os.O_RDWR) as descriptor:
+        with _named(f"extend {file}"), contextlib.suppress(FileNotFoundError), opened(file, os.O_RDWR) as descriptor:
             os.ftruncate(descriptor, max(size_bytes, os.fstat(descriptor).st_size))
 
     def remove_private(self, file: Path) -> None:
@@ -237,12 +237,12 @@ class Pool:
 
     def sync(self, file: Path) -> None:
         """Write out what is cached of a file, so that a reflink of it, which holds up its writers, is short."""
-        with _named(f"sync {file}"), _opened(file, os.O_RDONLY) as descriptor:
+        with _named(f"sync {file}"), opened(file, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
 
     def count_extents(self, file: Path) -> int:
         """Return how many extents a file has: a reflink takes time for each. Raises SystemCallFailed."""
-        with _named(f"count the extents of {file}"), _opened(file, os.O_RDONLY) as descriptor:
+        with _named(f"count the extents of {file}"), opened(file, os.O_RDONLY) as descriptor:
             return self._able().count_extents(descriptor)
 
     def reflink(self, source: Path, target: Path, size_bytes: int, *, mode: int = 0o600) -> int:
@@ -261,8 +261,8 @@ class Pool:
             temporary.unlink(missing_ok=True)  # of a crash
             with (
                 _removed_on_failure(temporary),
-                _opened(source, os.O_RDONLY) as origin,
-                _opened(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR) as made,
+                opened(source, os.O_RDONLY) as origin,
+                opened(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR) as made,
             ):
                 reflinks.clone(origin, made)
 
@@ -271,7 +271,7 @@ class Pool:
         temporary = _unfinished(target)
         with _named(f"reflink to {target}"):
             with _removed_on_failure(temporary):
-                with _opened(temporary, os.O_RDWR) as made:
+                with opened(temporary, os.O_RDWR) as made:
                     self._extend(made, size_bytes)
                     os.fchmod(made, mode)
                     os.fsync(made)
@@ -322,7 +322,7 @@ def _write_probe(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         yield descriptor
@@ -332,7 +332,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def _scratch(directory: Path) -> contextlib.AbstractContextManager[int]:
     """Open a file without a name."""
-    return _opened(directory, os.O_TMPFILE | os.O_RDWR)
+    return opened(directory, os.O_TMPFILE | os.O_RDWR)
 
 
 @contextlib.contextmanager

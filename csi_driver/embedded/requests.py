@@ -127,6 +127,14 @@ class _Named(RequestBody):
         return self.id, self.uuid
 
 
+class _New(RequestBody):
+    name: str
+
+    @property
+    def subject(self) -> tuple[str, str | None]:
+        return self.name, None
+
+
 class _Placement(RequestBody):
     """Restrictions of the drives that a volume uses."""
 
@@ -151,7 +159,7 @@ _ONLY_WITHOUT_GROUP = (
 )  # fmt: skip
 
 
-class NewVolume(_Placement):
+class NewVolume(_New, _Placement):
     """An item of /volumes/save. The VPG, if there is one, decides the layout."""
 
     name: Annotated[ObjectName, Field(min_length=1, max_length=22)]
@@ -174,10 +182,6 @@ class NewVolume(_Placement):
     enable_crc_check: bool = False
     data_blocks: Annotated[Integer, Field(ge=1, le=10)] = 8
     parity_blocks: Annotated[Integer, Field(ge=1, le=2)] = 2
-
-    @property
-    def subject(self) -> tuple[str, str | None]:
-        return self.name, None
 
     def has(self, field: str) -> bool:
         return field in self.model_fields_set
@@ -206,7 +210,7 @@ class NewVolume(_Placement):
             raise ValueError(f"stripeWidth: expected {'1' if level == EC else 'at least 2'}, got {self.stripe_width}")
 
     def stored(self) -> Document:
-        return self.given("name", "capacity", "vpg", "raid_level", "is_encrypted", "encryption", *_LAYOUT)
+        return self.given("name", "capacity", "vpg", "raid_level", "is_encrypted", "encryption", "source", *_LAYOUT)
 
     def layout(self) -> Layout:
         """Return the requested layout, with the API's defaults; the RAID level must be a known one."""
@@ -248,11 +252,8 @@ class Deletion(_Named):
     """An item of /volumes/delete."""
 
 
-class SourceVolume(RequestBody):
+class SourceVolume(_Named):
     """The volume that is cut."""
-
-    id: str = Field(alias="_id")
-    uuid: Uuid
 
 
 class CloneSource(SourceVolume):
@@ -266,32 +267,21 @@ class NewClone(NewVolume):
 
     source: CloneSource
 
-    def stored(self) -> Document:
-        return {name: value for name, value in super().stored().items() if name != "source"}
 
-
-class NewSnapshot(RequestBody):
+class NewSnapshot(_New):
     """An item of /snapshots/save."""
 
     name: Annotated[ObjectName, Field(min_length=1, max_length=64)]
     volume: SourceVolume
     metadata: Metadata
 
-    @property
-    def subject(self) -> tuple[str, str | None]:
-        return self.name, None
 
-
-class NewSnapshotGroup(RequestBody):
+class NewSnapshotGroup(_New):
     """An item of /snapshotGroups/save."""
 
     name: Annotated[ObjectName, Field(min_length=1, max_length=64)]
     metadata: Metadata
     members: Annotated[list[NewSnapshot], Field(min_length=1, max_length=256)]
-
-    @property
-    def subject(self) -> tuple[str, str | None]:
-        return self.name, None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

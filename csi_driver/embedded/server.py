@@ -50,7 +50,7 @@ from csi_driver.embedded.store import Change, Store
 from csi_driver.embedded.volumes import Volumes
 from csi_driver.errors import HostFailure, PreconditionFailed, SystemCallFailed
 from csi_driver.http_requests import HttpRequest, HttpResponse, HttpServer
-from csi_driver.status_page.login import LoginLimit, PageSessions
+from csi_driver.status_page.login import LoginLimit, OpenSessions
 from csi_driver.telemetry import metrics
 from csi_driver.telemetry.metrics import Metric
 
@@ -192,7 +192,7 @@ class StorageServer:
             # The driver on this machine has the address of its users, and must not wait for their mistakes.
             key=lambda request, _, username: ("page", self.sessions.limit_key(request, username)),
             limit=self.login_limit,
-            sessions=PageSessions(self.settings.session_idle_s),
+            sessions=OpenSessions(self.settings.session_idle_s),
         )
 
     def recover(self) -> None:

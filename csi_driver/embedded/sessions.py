@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import hmac
+import math
 import os
 import secrets
-import threading
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.embedded.settings import StorageSettings
 from csi_driver.errors import HostFailure
 from csi_driver.http_requests import HttpRequest
-from csi_driver.status_page.login import network_of
+from csi_driver.status_page.login import OpenSessions, network_of
 
 _MAX_SESSIONS = 4096
 _OWN_FILE = "the password file"
@@ -76,14 +76,14 @@ class Password:
 
 @dataclass(eq=False)
 class Sessions:
-    """Open sessions, in memory. A session ends after a time without requests."""
+    """The logins to the API, and their sessions."""
 
     settings: StorageSettings
     password: Password
     clock: Clock = SYSTEM_CLOCK
-    _guard: threading.Lock = field(default_factory=threading.Lock)
-    _used_s: dict[str, float] = field(default_factory=dict, repr=False)
-    """When each session was used last, by its cookie."""
+
+    def __post_init__(self) -> None:
+        self._open = OpenSessions(self.settings.session_idle_s, self.clock, longest_s=math.inf, most=_MAX_SESSIONS)
 
     @property
     def user(self) -> str:
@@ -99,36 +99,17 @@ class Sessions:
         return self.full_name(username) == self.user and matches
 
     def limit_key(self, request: HttpRequest, username: str) -> Hashable:
-        """Return what the login attempts of one client for this user, or for any other, have in common."""
+        """Return the key by which the login attempts of one client for this user, or for any other, are counted."""
         is_checked_for_another = request.headers.get("user-agent", "").endswith("/status-page")  # by a controller
         return network_of(request.peer), self.full_name(username) == self.user, is_checked_for_another
 
     def open(self, username: str, password: str) -> str | None:
         """Return the id of a new session; None for wrong credentials."""
-        if not self.accepts(username, password):
-            return None
-        with self._guard:
-            self._forget_old()
-            session = secrets.token_urlsafe(24)
-            self._used_s[session] = self.clock.monotonic()
-        return session
+        return self._open.open() if self.accepts(username, password) else None
 
     def known(self, session: str | None) -> bool:
         """Return whether a session is open, and restart its idle time."""
-        with self._guard:
-            used_s, now_s = self._used_s.pop(session or "", None), self.clock.monotonic()
-            if session is None or used_s is None or now_s - used_s > self.settings.session_idle_s:
-                return False
-            self._used_s[session] = now_s
-            return True
+        return self._open.find(session) is not None
 
     def close(self, session: str | None) -> None:
-        with self._guard:
-            self._used_s.pop(session or "", None)
-
-    def _forget_old(self) -> None:
-        oldest_s = self.clock.monotonic() - self.settings.session_idle_s
-        # Sessions are in the order of their last use.
-        for session, used_s in list(self._used_s.items()):
-            if used_s < oldest_s or len(self._used_s) >= _MAX_SESSIONS:
-                del self._used_s[session]
+        self._open.close(session)

@@ -97,7 +97,6 @@ class StorageSettings:
         Path(), "--pool", read_directory, "Directory that holds the volumes and their records."
     )
     clients: tuple[ClientSettings, ...] = repeatable(
-        (),
         "--client",
         read_client,
         "Storage client on this machine, with its devices in DIR/dev and its status files in DIR/proc; the first is"
@@ -148,7 +147,6 @@ class StorageSettings:
         " node; auto = NVMe/TCP if this machine can.",
     )
     export_addresses: tuple[str, ...] = repeatable(
-        (),
         "--export-address",
         read_portal,
         "Address of this machine in the storage network, at which nodes reach their volumes; several give several"

@@ -2,7 +2,7 @@
 """Snapshots of volumes: cut, delete and recover them. Methods raise ApiError.
 
 A cut is one reflink of the volume's file. Its row says `cutting` first, with the space reserved, and `none` when the
-file is complete and on disk; nothing is promised before. So a retry, and the start, remove what a crash left.
+file is complete and on disk; nothing is promised before. So a retry, and the start, remove an interrupted cut.
 
 Locks: the snapshot's name, then the volume's uuid. A reflink takes time for each extent, and the volume's writers wait
 for it: the file is synced and its extents are counted first, without the volume's lock.
@@ -137,7 +137,7 @@ class Snapshots:
                 raise refusal_of(item.name, problem) from problem
 
     def verify_file(self, source: SourceVolume) -> None:
-        """Refuse a volume whose devices write to another file; the caller holds its lock."""
+        """Refuse a volume with devices that write to another file; the caller holds its lock."""
         if reason := self.volumes.why_other_file(source.uuid):
             raise _not_usable(source.id, reason)
 
@@ -228,7 +228,7 @@ class Snapshots:
         return ready
 
     def delete(self, name: str, identity: str) -> None:
-        """Delete a snapshot; what was made from it stays."""
+        """Delete a snapshot; volumes that were made from it stay."""
         with self.locks.hold(lock_of(name)):
             snapshot = self.store.write(lambda change: self.mark(change, name, identity))
             self.remove_soon(snapshot)
@@ -289,7 +289,7 @@ class Snapshots:
         return f"its file {file} is gone or cut short, expected {snapshot.bytes} bytes; restore it from a backup"
 
     def recover(self) -> None:
-        """Remove what was not cut, or was being deleted, when the last run ended. Other files are kept."""
+        """Remove the snapshots that the last run had not cut, or was deleting. Other files are kept."""
         self.pool.remove_unfinished()
         files = self.pool.snapshot_identities()
         for snapshot in self.store.all(SNAPSHOTS):

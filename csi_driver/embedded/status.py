@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from csi_driver.background import Background
@@ -111,13 +111,13 @@ class EmbeddedStatus:
         _, total = self.store.span(SNAPSHOTS, "", volume.uuid)
         number, before, count = place_in(total, at)
         rows = self.store.page(SNAPSHOTS, "", before, count, volume.uuid) if count else []
-        copies = (shown.Snapshot(*_snapshot_values(row), self._copies(row.uuid)) for row in rows)
+        snapshots = [replace(_snapshot(row), copies=self._copies(row.uuid)) for row in rows]
         return shown.VolumeDetails(
             volume=_volume(volume),
             facts=list(self._facts(volume)),
             attachments=list(self._attachments_of(volume)),
             ancestors=self._ancestors(volume),
-            snapshots=numbered_part(list(copies), number, total),
+            snapshots=numbered_part(snapshots, number, total),
             copies=self._copies(volume.uuid),
         )
 
@@ -246,8 +246,8 @@ def _source(source: Source | None) -> shown.Source | None:
     return None if source is None else shown.Source(source.kind, source.name)
 
 
-def _snapshot_values(snapshot: Snapshot) -> tuple[str, str, int, str, str, str, bool]:
-    return (
+def _snapshot(snapshot: Snapshot) -> shown.Snapshot:
+    return shown.Snapshot(
         snapshot.name,
         snapshot.volume,
         snapshot.bytes,
@@ -256,7 +256,3 @@ def _snapshot_values(snapshot: Snapshot) -> tuple[str, str, int, str, str, str, 
         snapshot.group or "",
         snapshot.encryption is not None,
     )
-
-
-def _snapshot(snapshot: Snapshot) -> shown.Snapshot:
-    return shown.Snapshot(*_snapshot_values(snapshot))

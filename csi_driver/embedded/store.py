@@ -209,7 +209,7 @@ class Store:
     def write_later(self, change: Callable[[Change], T]) -> T:
         """Run `change` and show its puts at once; they are durable with the next commit.
 
-        For what the next start makes again from the records on disk: it is lost if the process dies before.
+        For records that the next start makes again from those on disk: they are lost if the process dies before.
         """
         with self._change_lock:
             view, result = self._run(change)

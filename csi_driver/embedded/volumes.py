@@ -53,7 +53,7 @@ class Volumes:
     has_device: Callable[[str], bool] = lambda identity: False
     """Return whether a device is bound to the volume's file; set by the attacher."""
     why_other_file: Callable[[str], str] = lambda identity: ""
-    """Return why what the volume's devices write is not in its file, "" = it is; set by the attacher."""
+    """Return why the volume's devices write to another file, "" = they do not; set by the attacher."""
 
     def create(self, item: NewVolume) -> Volume:
         self.refuse_unsupported(item)
@@ -239,7 +239,7 @@ class Volumes:
                 self.store.write(lambda change: self._undo_extension(change, before))
                 number = 1675 if problem.errno in NO_SPACE else 500
                 raise _not_extended(number, f"extension create failed: {problem}") from problem
-        # Its space is recorded, and its file has it: what is left is its action.
+        # Its space is recorded, and its file has it: only its action is left to clear.
         self.worker.soon(f"finish the extension of {item.uuid}", lambda: self.finish_extension(item.id))
 
     def _extended(self, change: Change, item: Extension, lost: str) -> Volume:

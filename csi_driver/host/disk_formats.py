@@ -111,7 +111,7 @@ def _btrfs(head: bytes) -> Superblock | None:
     return Superblock("btrfs", 1, total_bytes, _uuid(raw, 32))
 
 
-# Offsets in struct btrfs_super_block. The checksum covers what is behind it. Flags from bit 32 on: a seed, a dump of
+# Offsets in struct btrfs_super_block. The checksum covers all bytes behind it. Flags from bit 32 on: a seed, a dump of
 # metadata, or a conversion that another program did not finish.
 _BTRFS_SUM_BYTES, _BTRFS_DEVICES, _BTRFS_FEATURES, _BTRFS_SUM_TYPE, _BTRFS_METADATA_UUID = 32, 136, 188, 196, 571
 _METADATA_UUID = 1 << 10

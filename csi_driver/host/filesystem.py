@@ -157,7 +157,7 @@ class LinuxFilesystems:
         path, length = device.device.path, disk_formats.BTRFS_COPY_BYTES
         offsets = [offset for offset in disk_formats.BTRFS_COPIES if offset + length <= device.device.size_bytes]
         with contextlib.ExitStack() as stack:
-            # Verified again and claimed, as mkfs claims it: what is read must be what is written to.
+            # Verified again and claimed, as mkfs claims it: the device that is read must be the one that is written to.
             stack.enter_context(self.devices.open(device.device, write=True))
             stack.enter_context(closing(open_file(Path(fd_path(device.fd)), os.O_RDONLY | os.O_EXCL)))
             reader = stack.enter_context(zero_scan.DirectReader(device, length))
@@ -273,7 +273,7 @@ def _mounted_directory(path: Path, device: Device, fs_type: str) -> Iterator[int
 def _own_filesystem(device: OpenDevice, own_uuid: str) -> Filesystem | None:
     """Return the filesystem with that uuid if it is ready, certain, and the same in the page cache, as mounts read it.
 
-    Starts no program. docs/data-safety.md, "A filesystem that is used again", says why this is enough.
+    Starts no program. docs/data-safety.md, "A filesystem that is used again", gives the reasons.
     """
     head = _read_head(device)
     found = [disk_formats.parse_superblock(head, fs_type) for fs_type in disk_formats.superblock_types(head)]

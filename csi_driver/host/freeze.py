@@ -117,7 +117,7 @@ class Freezer:
         }
 
     def _groups(self, exports: Sequence[str]) -> list[str]:
-        """Return the files with the ANA groups of exports; one that has no namespace now lets nobody write."""
+        """Return the files with the ANA groups of exports; through one without a namespace no host writes."""
         paths = (self.target / "subsystems" / nqn / "namespaces/1/ana_grpid" for nqn in exports)
         return [str(path) for path in paths if path.exists()]
 
@@ -199,7 +199,7 @@ def _places(record: int) -> list[int]:
 
 
 def _held_groups(record: int) -> list[str]:
-    """Return the files of a record whose namespaces are held."""
+    """Return the ANA group files of a record, those with held namespaces."""
     head = os.pread(record, _MOST_RECORD_BYTES, 0).partition(b"\n")[0]
     known = json.loads(head).get("namespaces", []) if _boot_id().encode() in head else []
     return [group for group in known if read_text(Path(group)) == freeze_guard.HELD_GROUP]

@@ -38,7 +38,7 @@ _BLKGETDISKSEQ = _io(_READ, 0x12, 128, 8)
 
 
 def _get(what: str, fd: int, request: int, value: ctypes.c_uint64 | ctypes.c_int) -> int:
-    """Ask for what the block layer of the kernel has in memory: it never waits, whatever the device does."""
+    """Read a value that the block layer of the kernel has in memory: this never waits for the device."""
     if libc_in_memory().ioctl(fd, ctypes.c_ulong(request), ctypes.byref(value)) != 0:
         raise SystemCallFailed(what, ctypes.get_errno())
     return value.value

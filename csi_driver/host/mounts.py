@@ -147,7 +147,7 @@ class LinuxMounts:
         return open_target(source) if is_node else self.open_at(source)
 
     def unmount(self, path: Path, *, lost: DeviceNumber | None = None) -> None:
-        """Unmount the topmost mount at `path`, whose parent is held open, so that no link can lead elsewhere.
+        """Unmount the topmost mount at `path`. Its parent is held open, so that no link can lead elsewhere.
 
         The filesystem of a `lost` device is shut down first, so that cached writes never reach it when it returns. A
         busy mount is retried for 1 s: a process that another thread starts has all descriptors from fork to exec.

@@ -74,7 +74,7 @@ def _pieces(fd: int, offset: int) -> Iterator[tuple[int, int]]:
         try:
             start = max(start, os.lseek(fd, start, os.SEEK_DATA) // _UNIT_BYTES * _UNIT_BYTES)
         except OSError as problem:
-            if problem.errno == errno.ENXIO:  # no more data
+            if problem.errno == errno.ENXIO:  # no data follows
                 return
             raise
         end = min(size_bytes, start + _READ_BYTES)

@@ -217,7 +217,7 @@ def spawn(
     actions, attributes, signals = (ctypes.create_string_buffer(_SPAWN_BYTES) for _ in range(3))
     arguments, variables = map(os.fsencode, argv), (os.fsencode(f"{key}={text}") for key, text in environment.items())
     pid, c = ctypes.c_int(), libc_in_memory()
-    with contextlib.suppress(SystemCallFailed):  # before Linux 5.11; what this process has opened has O_CLOEXEC anyway
+    with contextlib.suppress(SystemCallFailed):  # before Linux 5.11; the files of this process have O_CLOEXEC anyway
         syscall("close_range", _CLOSE_RANGE, 3, 0x7FFFFFFF, _CLOSE_RANGE_CLOEXEC)
     for signal_number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which a program would inherit
         c.sigaddset(signals, signal_number)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Support bundles without secrets: redact documents and text, look for known secrets, write the archive.
 
-Redaction removes what may be a secret by its place or form. Then the finished bundle is searched for every secret that
+Redaction removes possible secrets by their place or form. Then the finished bundle is searched for every secret that
 is known where the driver runs; one that is found, in any usual encoding, ends the attempt before a file exists.
 """
 

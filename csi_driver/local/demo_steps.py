@@ -39,7 +39,7 @@ class Cleanup:
     failures: list[str] = field(default_factory=list)
 
     def run(self, timeout_s: float = _UNDO_S) -> None:
-        """Send all requests, the last first. One whose step still runs is retried until the time is up."""
+        """Send all requests, the last first. While its step still runs, a request is retried until the time is up."""
         deadline = Deadline.after(timeout_s, self.clock)
         while self.requests:
             name, request = self.requests.popitem()

@@ -56,7 +56,6 @@ class LocalSettings:
     driver_name: str = DRIVER_NAME.field()
     node_name: str = NODE_NAME.field()
     extra_clients: tuple[tuple[str, Path], ...] = repeatable(
-        (),
         "--client",
         read_named_directory,
         "Further storage client on this machine, with its devices in DIR/dev and its status files in DIR/proc.",
@@ -93,7 +92,6 @@ class DemoSettings:
     volume_bytes: int = flag(1 * GIB, "--volume-size", read_positive_size, "Size of each new volume.")
     expanded_bytes: int = flag(2 * GIB, "--expanded-size", read_positive_size, "Size of each volume after expansion.")
     fs_types: tuple[str, ...] = repeatable(
-        (),
         "--fs-type",
         choice("ext4", "xfs", "btrfs"),
         "Filesystem of the demo.",

@@ -136,7 +136,7 @@ class Supervisor:
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def _listen(self) -> None:
-        """Bind the storage manager's address for this whole run: nobody else can take the port and get the password."""
+        """Bind the storage manager's address for this whole run: no other process can take it and get the password."""
         self._listener = self._resources.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         try:
             self._listener.bind((_LOOPBACK, 0))

@@ -44,7 +44,7 @@ CLIENT_FIELDS = ("_id", "clientID", "uuid", "client_status", "connects")
 """Projection of clients, with `block_devices`, and either `attachments` or `attachments.` and the uuid of a volume."""
 
 NVMESH_FEATURES = storage_model.Features(reason="NVMesh's management API has no snapshots that CSI can use")
-"""Its system information does not speak of features."""
+"""Its system information has no features."""
 
 _RAID_LEVELS: Mapping[str, storage_model.RaidLevel] = {
     **{level.value.lower(): level for level in storage_model.RaidLevel},
@@ -171,7 +171,7 @@ def decode_vpg(row: Document) -> storage_model.Vpg:
 
 
 def decode_system_info(row: Document) -> storage_model.SystemInfo:
-    """Decode the system information. The API version is text or a number; the database's UUID is the cluster's."""
+    """Decode the system information. The API version is text or a number."""
     version = row.get("version") or row.get("managementVersion")
     api_version = row.get("APIVersion")
     if version is None and api_version is None:
@@ -179,7 +179,6 @@ def decode_system_info(row: Document) -> storage_model.SystemInfo:
     return storage_model.SystemInfo(
         version=str(version or ""),
         api_version="" if api_version is None else str(api_version),
-        cluster_id=str(row.get("dbUUID") or ""),
         features=_features(row),
     )
 

@@ -200,7 +200,7 @@ class Server:
         self.session.close()
 
     def send(self, request: Request, deadline: Deadline) -> Response:
-        """Send a request. Raises what the session raises, and `ServerUnreachable` where it was rejected unread."""
+        """Send a request. Raises the errors of the session, and `ServerUnreachable` where it was rejected unread."""
         with self.breaker.slot(deadline):
             began_s, outcome = self._clock.monotonic(), "failed"
             try:

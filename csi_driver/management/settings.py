@@ -37,7 +37,6 @@ class ManagementSettings:
     """
 
     servers: tuple[str, ...] = repeatable(
-        (),
         "--management-server",
         read_text.named("URL"),
         "URL of a management server, as https://HOST:PORT, in order of preference.",

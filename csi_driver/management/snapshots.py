@@ -134,7 +134,6 @@ def decode_group(row: Document) -> SnapshotGroup:
             created=_moment(row),
             snapshots=tuple(decode_snapshot(each) for each in as_documents(row.get("snapshots"), "snapshots")),
             is_ready=row.get("isReady") is True,
-            metadata=object_of(row.get("metadata") or {}, "metadata"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise invalid_document(row, f"a document of a snapshot group that cannot be read ({error})") from error

@@ -158,7 +158,7 @@ class _Connection(http.client.HTTPConnection):
         del self._create_connection  # the library's, in favour of that of the class
 
     def __del__(self) -> None:
-        """Close a connection whose transport was dropped; a socket would only warn."""
+        """Close a connection after its transport was dropped; a socket would only warn."""
         self.close()
 
     def connect(self) -> None:

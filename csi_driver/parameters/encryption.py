@@ -157,7 +157,7 @@ def plan_encryption(by: Encryption, own: Mapping[str, str], secrets: Mapping[str
         raise MissingField(f"secrets.{PASSPHRASE_KEYS[0]} (or secrets.{PASSPHRASE_KEYS[1]}), which opens the volume,")
     first, *others = compat.passphrase_readings(passphrase)
     previous = secrets.get(PREVIOUS_KEY, "")
-    # Both may end with a line feed, and must not be taken for two: what is replaced is removed.
+    # Both may end with a line feed, and must not be taken for two: the replaced one is removed.
     replaced = [each for each in compat.passphrase_readings(previous) if each not in ("", first, *others)]
     return EncryptionPlan(by, first, tuple(others), tuple(replaced), settings, discards)
 

@@ -145,7 +145,7 @@ class Rpc:
 
     @property
     def is_traced(self) -> bool:
-        """Whether a trace shows the call: not one that only asks what the driver is, as probes do all the time."""
+        """Whether a trace shows the call: not an identity call or probe, which come all the time."""
         return self.pool is not Pool.INSTANT
 
     @property
@@ -191,7 +191,7 @@ _GROUP = ("group_snapshot_id",)
 
 _RPCS = (
     _instant("Identity/GetPluginInfo"),
-    # Not instant: they wait a little for the storage, which decides what is offered.
+    # Not instant: they wait a little for the storage, which decides on the capabilities.
     _read("Identity/GetPluginCapabilities"),
     _instant("Identity/Probe"),
     _read("Controller/ControllerGetCapabilities"),

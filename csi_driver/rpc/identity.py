@@ -29,14 +29,14 @@ _Expansion = pb.PluginCapability.VolumeExpansion
 
 class StorageFeatures(Protocol):
     def offered(self, *, deadline: Deadline) -> Features:
-        """Return what the storage offers in any zone; waits some seconds for it at most."""
+        """Return the features that the storage has in any zone; waits some seconds for it at most."""
 
 
 @dataclass(slots=True)
 class IdentityService(Service):
     """`is_ready` answers Probe at once; it raises `PreconditionFailed` where the node lacks tools.
 
-    `features`: what the storage behind a controller offers; None on a node.
+    `features`: those of the storage behind a controller; None on a node.
     """
 
     name: ClassVar[str] = "Identity"

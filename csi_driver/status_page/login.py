@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions of the page, and the limit of failed logins. Both are in memory and bounded."""
+"""Sessions, and the limit of failed logins. Both are in memory and bounded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from csi_driver.deadline import SYSTEM_CLOCK, Clock
 
 IDLE_S = 3600.0
-_LONGEST_SESSION_S = 12 * 3600.0
-_MOST_SESSIONS = 256
 _MOST_KEYS = 1024
 
 
@@ -27,23 +25,25 @@ class Session:
 
 
 @dataclass(eq=False, slots=True)
-class PageSessions:
-    """Sessions that may read the page and nothing else: the API does not know them."""
+class OpenSessions:
+    """Sessions by their tokens. One ends after `idle_s` without a request, and `longest_s` after its login."""
 
     idle_s: float = IDLE_S
     clock: Clock = SYSTEM_CLOCK
+    longest_s: float = 12 * 3600.0
+    most: int = 256
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _open: dict[str, Session] = field(default_factory=dict, repr=False)
     """By token, that without a request for longest first."""
 
-    def open(self, zone: str, former: str | None = None) -> str:
+    def open(self, zone: str = "", former: str | None = None) -> str:
         """Return the token of a new session, with the zones of `former`, which it replaces."""
         before, now_s = self.find(former), self.clock.monotonic()
         zones = frozenset({zone}) | (before.zones if before is not None else frozenset())
         token = secrets.token_urlsafe(32)
         with self._guard:
             self._open.pop(former or "", None)
-            while len(self._open) >= _MOST_SESSIONS:
+            while len(self._open) >= self.most:
                 del self._open[next(iter(self._open))]
             self._open[token] = Session(zones, before.opened_s if before is not None else now_s, now_s)
         return token
@@ -54,7 +54,7 @@ class PageSessions:
             session, now_s = self._open.pop(token or "", None), self.clock.monotonic()
             if session is None or token is None:
                 return None
-            if now_s - session.used_s > self.idle_s or now_s - session.opened_s > _LONGEST_SESSION_S:
+            if now_s - session.used_s > self.idle_s or now_s - session.opened_s > self.longest_s:
                 return None
             self._open[token] = session = replace(session, used_s=now_s)
             return session

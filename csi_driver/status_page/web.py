@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from csi_driver.errors import DriverError
 from csi_driver.http_requests import HttpRequest, HttpResponse
-from csi_driver.status_page.login import LoginLimit, PageSessions, Session
+from csi_driver.status_page.login import LoginLimit, OpenSessions, Session
 from csi_driver.status_page.model import Storage, Wanted, prefix_of
 from csi_driver.telemetry.log import recent
 
@@ -81,15 +81,15 @@ class StatusPage:
     is_tls: bool
     key: Callable[[HttpRequest, str, str], Hashable]
     limit: LoginLimit = field(default_factory=LoginLimit)
-    sessions: PageSessions = field(default_factory=PageSessions)
+    sessions: OpenSessions = field(default_factory=OpenSessions)
 
     def __post_init__(self) -> None:
         self._views: dict[str, Callable[[_View], tuple[str, Values]]] = {
             "": self._overview,
-            "volumes": self._volumes,
+            "volumes": lambda view: ("volumes.html", self._list(self.storage.volumes, view)),
             "volume": self._volume,
             "attachments": self._attachments,
-            "snapshots": self._snapshots,
+            "snapshots": lambda view: ("snapshots.html", self._list(self.storage.snapshots, view)),
             "errors": lambda _: ("errors.html", {"lines": recent()}),
         }
 
@@ -183,10 +183,6 @@ class StatusPage:
         shown = {"overview": self.storage.overview(view.zone), "nodes": nodes}
         return "overview.html", {**shown, "lines": lines[:_FEW_ERRORS], "line_count": len(lines)}
 
-    def _volumes(self, view: _View) -> tuple[str, Values]:
-        wanted = view.wanted()
-        return "volumes.html", self._list(self.storage.volumes(view.zone, wanted), view)
-
     def _volume(self, view: _View) -> tuple[str, Values]:
         found = self.storage.volume(view.zone, view.text("name"), view.text("at"))
         if found is None:
@@ -202,12 +198,9 @@ class StatusPage:
         part = self.storage.attachments(view.zone, node, view.text("at"))
         return "attachments.html", {"nodes": nodes, "node": node, "part": part}
 
-    def _snapshots(self, view: _View) -> tuple[str, Values]:
-        wanted = view.wanted()
-        return "snapshots.html", self._list(self.storage.snapshots(view.zone, wanted), view)
-
-    def _list(self, part: object, view: _View) -> Values:
-        return {"part": part, "wanted": view.wanted(), "q": view.text("q"), "is_ordered": self.storage.is_ordered}
+    def _list(self, listed: Callable[[str, Wanted], object], view: _View) -> Values:
+        wanted, q = view.wanted(), view.text("q")
+        return {"part": listed(view.zone, wanted), "wanted": wanted, "q": q, "is_ordered": self.storage.is_ordered}
 
 
 def _page(template: str, values: Values, status: int = 200, *headers: tuple[str, str]) -> HttpResponse:

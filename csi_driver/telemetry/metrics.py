@@ -36,7 +36,7 @@ _REQUEST_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10
 
 @dataclass(frozen=True, slots=True)
 class Reading(Collector):
-    """A gauge or counter whose samples are read on each scrape. `read` must return soon."""
+    """A gauge or counter. Its samples are read on each scrape; `read` must return soon."""
 
     name: str
     help: str

@@ -65,10 +65,9 @@ def actor(side: Side) -> Actor:
     return Actor(side.management, Deadline.after(20))
 
 
-def test_the_server_states_version_and_cluster(actor: Actor) -> None:
+def test_the_server_states_its_version(actor: Actor) -> None:
     info = actor.management.system_info(deadline=actor.deadline)
     assert info.api_version.split(".")[0].isdigit()
-    assert info.cluster_id
 
 
 # --- volumes ----------------------------------------------------------------------------------------------

@@ -62,19 +62,6 @@ TIB = 1 << 40
 _NAME = re.compile(r"(?!e_|d_)[\w+=-]{1,22}", re.ASCII)
 
 
-class FakeClock:
-    """Time that moves only during a sleep."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
 @dataclass
 class _Client:
     id: str
@@ -218,7 +205,7 @@ class FakeManagement:
 
     def system_info(self, *, deadline: Deadline) -> SystemInfo:
         with self._request("system_info", deadline):
-            return SystemInfo("3.5.0", "18.0.0", "fake-cluster", self.features)
+            return SystemInfo("3.5.0", "18.0.0", self.features)
 
     def reclaim_space(self, volume: Volume, offset: int, *, deadline: Deadline) -> ReclaimedSpace | None:
         with self._request(f"reclaim_space {offset}", deadline):

@@ -8,7 +8,6 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,6 @@ import csi_driver
 from csi_driver.config.command import Values
 from csi_driver.controller.ports import CreateRequest
 from csi_driver.embedded.requests import EncryptionInit, Login
-from csi_driver.embedded.sessions import Password, Sessions
-from csi_driver.embedded.settings import StorageSettings
 from csi_driver.host_model import RunningRole
 from csi_driver.management.settings import Credentials, ManagementSettings
 from csi_driver.management.transport import Request, Response
@@ -25,13 +22,14 @@ from csi_driver.model import CapacityRange
 from csi_driver.node import StageRequest
 from csi_driver.parameters.encryption import EncryptionPlan
 from csi_driver.publish_context import Encryption
+from csi_driver.status_page.login import OpenSessions, Session
 from csi_driver.yaml_document import Findings, MappingReader
 from tests.unit.controller.world import RWO
 
 CANARY = "canary-4711"
 SECRETS = {"passphrase": CANARY}
 
-HOLDS_A_SECRET = re.compile(r"secrets|passphrase|password|cookie|environ|entry|body|content|_used_s")
+HOLDS_A_SECRET = re.compile(r"secrets|passphrase|password|cookie|environ|entry|body|content|_open")
 """Fields that may hold a secret by their names; those that hold a path, a flag or another object are not shown."""
 HARMLESS = re.compile(r"Path|bool|Password\b|DurableFile")
 
@@ -46,8 +44,8 @@ def dataclasses_of_the_driver() -> Iterator[type]:
 
 
 def holders() -> list[object]:
-    sessions = Sessions(StorageSettings(Path("/p")), Password(Path("/password")))
-    sessions._used_s[CANARY] = 0.0
+    sessions = OpenSessions()
+    sessions._open[CANARY] = Session(frozenset(), 0.0, 0.0)
     create = CreateRequest("v", CapacityRange(), (RWO,), secrets=SECRETS)
     return [
         create,

@@ -159,10 +159,6 @@ def test_the_api_version_may_be_text_or_number(told: object, read: str) -> None:
     assert decode_system_info({"version": "3.5.0", "APIVersion": told}).api_version == read
 
 
-def test_the_database_identifies_the_cluster() -> None:
-    assert decode_system_info(sample("system-info")).cluster_id == "6f086b00-e73d-11f1-a2b3-7550e9e5980f"
-
-
 def test_a_volume_with_a_source_is_a_snapshot() -> None:
     assert decode_volume({**BARE_VOLUME, "sourceID": "golden"}).is_snapshot
     assert not decode_volume({**BARE_VOLUME, "sourceID": None}).is_snapshot

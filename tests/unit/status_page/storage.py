@@ -12,7 +12,7 @@ from csi_driver.deadline import SYSTEM_CLOCK, Clock
 from csi_driver.errors import DriverError
 from csi_driver.http_requests import HttpRequest, HttpResponse
 from csi_driver.status_page import model
-from csi_driver.status_page.login import LoginLimit, PageSessions
+from csi_driver.status_page.login import LoginLimit, OpenSessions
 from csi_driver.status_page.model import Part, Wanted
 from csi_driver.status_page.web import StatusPage
 
@@ -120,7 +120,7 @@ def page_of(
         is_tls=is_tls,
         key=lambda request, zone, username: (request.peer, zone, username),
         limit=LoginLimit(free=3, clock=clock),
-        sessions=PageSessions(idle_s, clock),
+        sessions=OpenSessions(idle_s, clock),
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 
-from csi_driver.status_page.login import _MOST_KEYS, LoginLimit, PageSessions, network_of
-from tests.unit.status_page.test_web import StillClock
+from csi_driver.status_page.login import _MOST_KEYS, LoginLimit, OpenSessions, network_of
+from tests.fakes.clock import FakeClock
 
 
 def test_the_pause_grows_up_to_its_limit_and_ends_with_a_success() -> None:
-    clock = StillClock()
+    clock = FakeClock()
     limit = LoginLimit(free=2, first_s=1.0, longest_s=8.0, clock=clock)
     assert limit.begin("a") == 0
     pauses = []
@@ -24,7 +24,7 @@ def test_the_pause_grows_up_to_its_limit_and_ends_with_a_success() -> None:
 
 
 def test_an_attempt_in_the_pause_does_not_make_it_longer() -> None:
-    clock = StillClock()
+    clock = FakeClock()
     limit = LoginLimit(free=1, clock=clock)
     assert limit.begin("a") == 0
     assert {limit.begin("a") for _ in range(1000)} == {1.0}
@@ -33,7 +33,7 @@ def test_an_attempt_in_the_pause_does_not_make_it_longer() -> None:
 
 
 def test_failures_are_forgotten_after_a_time() -> None:
-    clock = StillClock()
+    clock = FakeClock()
     limit = LoginLimit(free=2, forget_s=100, clock=clock)
     limit.begin("a")
     clock.now_s = 101
@@ -41,7 +41,7 @@ def test_failures_are_forgotten_after_a_time() -> None:
 
 
 def test_the_number_of_keys_is_bounded_and_the_oldest_go() -> None:
-    limit = LoginLimit(free=1, clock=StillClock())
+    limit = LoginLimit(free=1, clock=FakeClock())
     for number in range(10 * _MOST_KEYS):
         limit.begin(number)
     assert len(limit._failures) == _MOST_KEYS
@@ -57,8 +57,8 @@ def test_the_addresses_of_one_client_count_together(one: str, other: str, same: 
 
 
 def test_a_login_of_another_zone_does_not_make_the_session_of_the_first_longer() -> None:
-    clock = StillClock()
-    sessions = PageSessions(idle_s=1e9, clock=clock)
+    clock = FakeClock()
+    sessions = OpenSessions(idle_s=1e9, clock=clock)
     first = sessions.open("zone-1")
     clock.now_s = 11 * 3600.0
     both = sessions.open("zone-2", first)

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from urllib.parse import quote
 
 import pytest
 
 from csi_driver.errors import StorageUnavailable
-from csi_driver.status_page.login import _MOST_SESSIONS
 from csi_driver.telemetry import log
+from tests.fakes.clock import FakeClock
 from tests.unit.status_page.storage import (
     HOSTILE,
     PASSWORD,
@@ -27,17 +26,6 @@ from tests.unit.status_page.storage import (
 
 VIEWS = ("", "volumes", "volume?name=x", "attachments", "snapshots", "errors")
 PATHS = (*VIEWS, "login", "nothing", "style.css", "icon.svg", "volume?name=absent", "..%2f..%2fetc%2fpasswd")
-
-
-@dataclass
-class StillClock:
-    now_s: float = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 class Elements(HTMLParser):
@@ -182,7 +170,7 @@ def test_a_logout_ends_the_session() -> None:
 
 
 def test_a_session_ends_after_its_idle_time() -> None:
-    clock = StillClock()
+    clock = FakeClock()
     browser = logged_in(page_of(clock=clock))
     for _ in range(3):
         clock.now_s += 600
@@ -192,7 +180,7 @@ def test_a_session_ends_after_its_idle_time() -> None:
 
 
 def test_a_session_that_is_used_all_the_time_ends_after_half_a_day() -> None:
-    clock = StillClock()
+    clock = FakeClock()
     browser = logged_in(page_of(clock=clock))
     answers = []
     for _ in range(80):
@@ -203,7 +191,7 @@ def test_a_session_that_is_used_all_the_time_ends_after_half_a_day() -> None:
 
 def test_the_number_of_sessions_is_bounded() -> None:
     first = logged_in()
-    others = [logged_in(first.page) for _ in range(_MOST_SESSIONS)]
+    others = [logged_in(first.page) for _ in range(first.page.sessions.most)]
     assert first.get("/status/").status == 303
     assert {other.get("/status/").status for other in others} == {200}
 
@@ -224,7 +212,7 @@ def test_a_login_asks_the_storage_once() -> None:
 
 
 def test_guesses_become_slow_and_are_not_passed_on() -> None:
-    storage, clock = HostileStorage(), StillClock()
+    storage, clock = HostileStorage(), FakeClock()
     browser = Browser(page_of(storage, clock=clock))
     answers = [browser.log_in("wrong").status for _ in range(100)]
     assert answers == [401] * 3 + [429] * 97
@@ -236,7 +224,7 @@ def test_guesses_become_slow_and_are_not_passed_on() -> None:
 
 
 def test_a_right_password_is_refused_only_for_the_pause() -> None:
-    clock = StillClock()
+    clock = FakeClock()
     browser = Browser(page_of(clock=clock))
     for _ in range(3):
         browser.log_in("wrong")
