@@ -16,7 +16,7 @@ PACKAGE = ROOT / "csi_driver"
 GENERATED = PACKAGE / "rpc" / "pb"
 
 # "About 400 lines a module, 40 a function": beyond these it is no longer about.
-MOST_MODULE_LINES = 450
+MOST_MODULE_LINES = 430
 MOST_FUNCTION_LINES = 50
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 
