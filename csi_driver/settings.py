@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -67,6 +68,27 @@ PREALLOCATE = Flag(
     read_boolean,
     "Allocate every block of a volume when it is created; without it pods get I/O errors when other programs fill the"
     " disk later.",
+)
+
+
+_MOST_PORTS = 8192  # csi_driver.host.nvme_target
+
+
+@reader("LOW-HIGH", "TCP ports")
+def read_ports(value: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{4,5})-([0-9]{4,5})", value)
+    low, high = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1024 <= low <= high <= 65535 or high - low >= _MOST_PORTS:
+        raise ValueError(f"LOW-HIGH, at most {_MOST_PORTS} ports from 1024 to 65535")
+    return low, high
+
+
+EXPORT_PORTS = Flag(
+    (23000, 27999),
+    "--export-ports",
+    read_ports,
+    "Ports of the exports; each attached volume has one.",
+    "23000-27999",
 )
 
 

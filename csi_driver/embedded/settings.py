@@ -35,12 +35,12 @@ from csi_driver.flags import (
 from csi_driver.host_model import Extent, LoopDevice
 from csi_driver.node_settings import DEVICE_DIRECTORY
 from csi_driver.nvme_model import Connection, HostKeys, TargetExport
-from csi_driver.settings import NODE_NAME, OVERCOMMIT, PREALLOCATE
+from csi_driver.settings import EXPORT_PORTS, NODE_NAME, OVERCOMMIT, PREALLOCATE
 
 MIB = 1 << 20
 _MOST_TIMES = 100
-_MOST_PORTALS, _MOST_PORTS = 8, 8192
-"""Limits of `csi_driver.host.nvme_target`."""
+_MOST_PORTALS = 8
+"""Limit of `csi_driver.host.nvme_target`."""
 LOOP, NVME_TCP, AUTO = "loop", "nvme-tcp", "auto"
 
 
@@ -80,15 +80,6 @@ def read_portal(value: str) -> str:
     if address.is_unspecified or address.is_multicast or getattr(address, "scope_id", None):
         raise ValueError("an IP address of this machine, which nodes can reach")
     return str(address)
-
-
-@reader("LOW-HIGH", "TCP ports")
-def read_ports(value: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{4,5})-([0-9]{4,5})", value)
-    low, high = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1024 <= low <= high <= 65535 or high - low >= _MOST_PORTS:
-        raise ValueError(f"LOW-HIGH, at most {_MOST_PORTS} ports from 1024 to 65535")
-    return low, high
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +144,7 @@ class StorageSettings:
         " paths.",
         shown="none",
     )
-    export_ports: tuple[int, int] = flag(
-        (23000, 27999),
-        "--export-ports",
-        read_ports,
-        "Ports of the exports; each attached volume has one.",
-        shown="23000-27999",
-    )
+    export_ports: tuple[int, int] = EXPORT_PORTS.field()
     node_name: str = NODE_NAME.field()
     device_directory: Path = DEVICE_DIRECTORY.field()
     status_directory: Path = flag(

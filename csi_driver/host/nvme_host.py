@@ -99,6 +99,9 @@ class Sysfs:
     def host_nqn(self, controller: str) -> str:
         return _text(f"{self._controllers}/{controller}/hostnqn")
 
+    def host_id(self, controller: str) -> str:
+        return _text(f"{self._controllers}/{controller}/hostid")
+
     def nqn(self, controller: str) -> str:
         return _text(f"{self._controllers}/{controller}/subsysnqn")
 

@@ -24,7 +24,7 @@ from csi_driver.host_model import RunningRole
 from csi_driver.management.settings import TLS_VERIFY, ClusterDefaults, ManagementSettings
 from csi_driver.model import DEFAULT_ZONE
 from csi_driver.node_settings import STATE_DIRECTORY, NodeObjectSettings, NodePaths, state_directory
-from csi_driver.settings import DRIVER_NAME, ENDPOINT, NODE_NAME, ApiSettings
+from csi_driver.settings import DRIVER_NAME, ENDPOINT, EXPORT_PORTS, NODE_NAME, ApiSettings
 
 NODE, CONTROLLER, STORAGE = "node", "controller", "storage"
 _API_TIMEOUT_S = 4.0
@@ -67,6 +67,7 @@ class Target:
     node_name: str = NODE_NAME.field()
     state_directory: Path = STATE_DIRECTORY.field()
     paths: NodePaths = section(NodePaths)
+    export_ports: tuple[int, int] = EXPORT_PORTS.field()
     management: ManagementSettings = section(ManagementSettings)
     tls_verify: bool | None = TLS_VERIFY.with_default(None, TLS_VERIFY.shown_default)
     node_object: NodeObjectSettings = section(NodeObjectSettings)

@@ -315,7 +315,7 @@ _CHECKS = (
           "each volume with a live connection to each address of the storage machine",
           "check link, VLAN and firewall of the storage network, and that the storage machine runs"),
     Check("nvme-exports", nvme.exports, "The storage machine exports each attached volume at a TCP port of its own.",
-          "complete exports, at ports that the kernel gives to nobody else",
+          "complete exports, at ports that nothing else uses",
           "see the log of the storage manager, which repeats what failed"),
     Check("volumes", node.volumes, "Programs hang or lose writes on a mount without its device or without I/O.",
           "every mount with its device, I/O and kubelet's record",

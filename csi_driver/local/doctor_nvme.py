@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from csi_driver.host import machine_checks as machine
 from csi_driver.host.connectors.nvme import NvmeVolumes
 from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.nvme_host import LIVE, Sysfs
 from csi_driver.host.nvme_target import NvmeTarget
-from csi_driver.local.doctor import Finding, Target, error, ok, warning
+from csi_driver.local.doctor import STORAGE, Finding, Target, error, ok, warning
+from csi_driver.nvme_model import host_nqn, host_uuid
 
 _PROBE_S = 1.0
 Faults = tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]
@@ -45,6 +46,7 @@ def kernel(target: Target) -> Iterator[Finding]:
         yield error(found, fix=fix)
     else:
         yield ok(f"this node can connect volumes over NVMe/TCP, as {target.node_name}")
+        yield from foreign_hosts(target.node_name, keeper.volumes.sysfs)
     release, is_target = os.uname().release, machine.is_loaded("nvmet_tcp")
     for fault in faults_of(release, (*(HOST_FAULTS if keeper else ()), *(TARGET_FAULTS if is_target else ()))):
         yield warning(f"Linux {release}: {fault}")
@@ -65,10 +67,23 @@ def exports(target: Target, kernel: NvmeTarget | None = None) -> Iterator[Findin
             yield warning(f"{name} is held: the I/O of its node waits", fix=fix)
         elif each.hosts and not (each.is_linked and each.is_enabled):
             yield error(f"{name} is not complete: its node cannot connect")
-    if ports := machine.given_out_ports(each.port for each in found):
-        fix = "sysctl net.ipv4.ip_local_reserved_ports=LOW-HIGH, the range of --export-ports; also in /etc/sysctl.d"
-        yield warning(f"the kernel gives port {ports[0]} of an export to outgoing connections", fix=fix)
+    if found or (target.role == STORAGE and kernel.files.has("subsystems")):
+        yield from _ports(target.export_ports, {each.port for each in found}, kernel)
     yield ok(f"volumes exported over NVMe/TCP here: {sum(bool(each.hosts) for each in found)}")
+
+
+def _ports(chosen: tuple[int, int], exported: Collection[int], kernel: NvmeTarget) -> Iterator[Finding]:
+    ports, low, high = range(chosen[0], chosen[1] + 1), *chosen
+    if given := machine.given_out_ports({*ports, *exported}):
+        fix = f"sysctl net.ipv4.ip_local_reserved_ports={low}-{high}; also in /etc/sysctl.d"
+        yield warning(f"the kernel gives ports of exports to outgoing connections: {_few(given)}", fix=fix)
+    if taken := kernel.files.listening(ports) - set(exported):
+        fix = f"ss -ltnp 'sport = :{min(taken)}' names it; move it, or choose other --export-ports"
+        yield warning(f"another program listens at ports of --export-ports: {_few(taken)}", fix=fix)
+
+
+def _few(ports: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(ports)[:3])) + f" and {len(ports) - 3} more" * (len(ports) > 3)
 
 
 def paths(target: Target) -> Iterator[Finding]:
@@ -96,6 +111,16 @@ def paths(target: Target) -> Iterator[Finding]:
         fix = "see the log of the node's container: it ends a connection that is proven to be unused"
         yield warning(f"{orphan.nqn} is connected, and no volume here uses it", fix=fix)
     yield ok(f"volumes connected over NVMe/TCP: {len(records)}")
+
+
+def foreign_hosts(node_name: str, sysfs: Sysfs) -> Iterator[Finding]:
+    """Find connections under the host NQN of this node with another host ID: the kernel makes no further ones."""
+    own = host_nqn(node_name), host_uuid(node_name)
+    for name, _ in sorted(sysfs.entries()):
+        nqn, host_id = sysfs.host_nqn(name), sysfs.host_id(name)
+        if nqn == own[0] and host_id not in ("", own[1]):
+            fix = f"give the program that connected it another host NQN, then: nvme disconnect --device {name}"
+            yield error(f"{name} has the host NQN of this node and another host ID: volumes cannot connect", fix=fix)
 
 
 def _paths_by_subsystem(sysfs: Sysfs) -> dict[str, dict[str, str]]:

@@ -188,6 +188,7 @@ class HostKernel:
         _write(place / "state", controller.state)
         _write(place / "address", f"traddr={address},trsvcid={port},src_addr={address}")
         _write(place / "hostnqn", controller.host)
+        _write(place / "hostid", controller.host_id)
         _write(place / "subsysnqn", controller.nqn)
         os.symlink(place, self._of(subsystem) / controller.name)
         self._scan(subsystem)

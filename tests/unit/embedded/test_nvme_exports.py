@@ -18,12 +18,13 @@ from csi_driver.embedded.export_use import SILENT_S
 from csi_driver.embedded.model import ATTACHMENTS, EXPORTS, TABLES
 from csi_driver.embedded.nvme_engine import REFUSED_S
 from csi_driver.embedded.pool import Pool
-from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal, read_ports
+from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal
 from csi_driver.embedded.status import EmbeddedStatus
 from csi_driver.errors import PreconditionFailed
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.host.sock_diag import addresses
 from csi_driver.nvme_model import host_nqn, split_path
+from csi_driver.settings import read_ports
 from tests.fakes.nvme_kernel import Controller, NvmeKernel
 from tests.unit.embedded.fake_loops import FakeLoopDevices
 from tests.unit.embedded.fake_reflinks import FakeReflinks

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,11 @@ import pytest
 from csi_driver.config import parse
 from csi_driver.config.local_commands import DoctorCommand
 from csi_driver.host.connectors.nvme_records import Connection, Records
-from csi_driver.host.nvme_host import Fabrics
+from csi_driver.host.nvme_host import Fabrics, Sysfs
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.local import doctor_node, doctor_nvme
 from csi_driver.local.doctor import Finding, Severity, Target
-from csi_driver.nvme_model import ConnectOptions, NvmeExport, TargetExport, host_nqn, subsystem_nqn
+from csi_driver.nvme_model import ConnectOptions, NvmeExport, TargetExport, host_nqn, host_uuid, subsystem_nqn
 from tests.fakes.nvme_kernel import NvmeKernel
 
 POOL, VOLUME = "01234567-89ab-4567-89ab-0123456789ab", "11234567-89ab-4567-89ab-0123456789ab"
@@ -168,7 +169,9 @@ def test_a_held_and_an_incomplete_export_are_found(kernel: NvmeKernel, tmp_path:
     assert (severity, "is not complete" in found) == (Severity.ERROR, True)
 
 
-@pytest.mark.parametrize(("reserved", "number"), [("", 1), ("20000-23000", 1), ("4420,23000-27999", 0), ("23001", 0)])
+@pytest.mark.parametrize(
+    ("reserved", "number"), [("", 1), ("20000-23000", 1), ("23001", 1), ("4420,23000-27999", 0), ("23001,23002", 0)]
+)
 def test_a_port_that_the_kernel_gives_to_others_is_found(
     kernel: NvmeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved: str, number: int
 ) -> None:
@@ -177,5 +180,41 @@ def test_a_port_that_the_kernel_gives_to_others_is_found(
     (settings / "ip_local_port_range").write_text("1024\t60999\n")
     (settings / "ip_local_reserved_ports").write_text(f"{reserved}\n")
     monkeypatch.setattr("csi_driver.host.machine_checks._PROC", tmp_path)
-    found = problems(list(doctor_nvme.exports(target(), exported(kernel, tmp_path))))
+    found = problems(list(doctor_nvme.exports(target("--export-ports", "23001-23002"), exported(kernel, tmp_path))))
     assert [severity for severity, _ in found] == [Severity.WARNING] * number
+
+
+def test_before_the_first_export_the_ports_of_the_storage_machine_are_checked(
+    kernel: NvmeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "sys/net/ipv4"
+    settings.mkdir(parents=True)
+    (settings / "ip_local_port_range").write_text("32768\t60999\n")
+    monkeypatch.setattr("csi_driver.host.machine_checks._PROC", tmp_path)
+    adapter = NvmeTarget(kernel.configfs, kernel.connections)
+    kernel.configfs.prepare()
+    storage = target("--role", "storage", "--export-ports", "32766-32771")
+    ((severity, found),) = problems(list(doctor_nvme.exports(storage, adapter)))
+    assert (severity, found.rpartition(": ")[2]) == (Severity.WARNING, "32768, 32769, 32770 and 1 more")
+    assert problems(list(doctor_nvme.exports(target("--role", "storage"), adapter))) == []
+
+
+def test_a_port_of_the_exports_at_which_another_program_listens_is_found(
+    kernel: NvmeKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = exported(kernel, tmp_path)
+    monkeypatch.setattr(kernel.configfs, "listening", lambda ports: frozenset({23001, 23005}))
+    ((severity, found),) = problems(list(doctor_nvme.exports(target(), adapter)))
+    assert severity is Severity.WARNING
+    assert found == "another program listens at ports of --export-ports: 23005"
+
+
+@pytest.mark.parametrize(("host_id", "number"), [(host_uuid("node-1"), 0), (str(uuid.UUID(int=7)), 1), ("", 0)])
+def test_another_host_id_under_the_host_nqn_of_this_node_is_found(tmp_path: Path, host_id: str, number: int) -> None:
+    controller = tmp_path / "class/nvme/nvme3"
+    controller.mkdir(parents=True)
+    (controller / "hostnqn").write_text(f"{host_nqn('node-1')}\n")
+    (controller / "hostid").write_text(f"{host_id}\n")
+    found = list(doctor_nvme.foreign_hosts("node-1", Sysfs(tmp_path)))
+    assert [severity for severity, _ in problems(found)] == [Severity.ERROR] * number
+    assert list(doctor_nvme.foreign_hosts("node-2", Sysfs(tmp_path))) == []
