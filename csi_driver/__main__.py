@@ -170,6 +170,10 @@ def _storage(command: StorageCommand) -> int:
             measurements=[*own, *server.measurements()],
         )
 
+    if command.storage.drive is not None:
+        from csi_driver.local.pool_drive import PoolDrive
+
+        PoolDrive(command.storage.drive, command.storage.pool_directory).mount()
     headers = LuksFiles()
     freezes = Freezer(command.storage.pool_directory)
     can_encrypt = headers.are_possible()

@@ -234,9 +234,13 @@ class Filesystem:
 
 @dataclass(frozen=True, slots=True)
 class OtherContent:
-    """Other content: a partition table, LUKS, LVM, RAID, or unrecognised data."""
+    """Other content: a partition table, LUKS, LVM, RAID, or unrecognised data.
+
+    `is_complete`: an interrupted mkfs.xfs leaves no such content.
+    """
 
     description: str
+    is_complete: bool = field(default=True, compare=False)
 
 
 Content = Blank | Filesystem | OtherContent

@@ -94,6 +94,14 @@ class StorageSettings:
         " this machine's own.",
         shown="one, described by --node-name, --device-directory and --status-directory",
     )
+    drive: Path | None = flag(
+        None,
+        "--drive",
+        read_file.named("DEVICE"),
+        "Drive of the pool, by a stable name such as /dev/disk/by-id/NAME: mounted at --pool, after it got its"
+        " filesystem (xfs) once, if it was blank.",
+        shown="none, the pool is the directory",
+    )
     size_bytes: int | None = flag(
         None,
         "--size",

@@ -304,7 +304,7 @@ def _name_content(device: OpenDevice, found: int, deadline: Deadline) -> Filesys
     if "PTTYPE" in values:
         return OtherContent(f"a partition table ({values['PTTYPE']})")
     if not fs_type:
-        return OtherContent(f"data at byte {found} that nothing recognises")
+        return OtherContent(f"data at byte {found} that nothing recognises", is_complete=False)
     if usage != "filesystem":
         return OtherContent(f"{fs_type} ({usage or 'of no known use'})")
     direct = disk_formats.superblock_types(head)
@@ -312,7 +312,8 @@ def _name_content(device: OpenDevice, found: int, deadline: Deadline) -> Filesys
     # blkid reads through the page cache, which may be older than the device.
     if (direct or cached in _KINDS) and direct != [cached]:
         read_as = ", ".join(direct) or "no intact superblock"
-        return OtherContent(f"{fs_type} by the page cache (blkid), {read_as} by a direct read")
+        is_complete = bool(direct) or fs_type != "xfs"  # mkfs.xfs completes its superblock at the end
+        return OtherContent(f"{fs_type} by the page cache (blkid), {read_as} by a direct read", is_complete)
     label, present = values.get("LABEL", ""), disk_formats.parse_superblock(head, fs_type)
     if present is None:
         return Filesystem(fs_type, values.get("UUID", ""), label)

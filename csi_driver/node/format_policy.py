@@ -141,7 +141,7 @@ def decide(content: Content, asked: FilesystemRequest, evidence: Evidence, *, su
             return verdict
     verdict = _decide_by_content(content, asked, evidence, supported)
     if evidence.may_format_over and not asked.read_only and _needs_permission(verdict):
-        return FormatOver(asked.to_make, _describe(content))
+        return FormatOver(asked.to_make, describe(content))
     return verdict
 
 
@@ -154,7 +154,7 @@ def _decide_unfinished(content: Content, asked: FilesystemRequest, evidence: Evi
     begun = evidence.begun
     unfinished = f"holds an unfinished {begun} format of this attachment"
     if evidence.may_format_over and not asked.read_only:
-        return FormatOver(asked.to_make, f"{_describe(content)}, after an unfinished {begun} format")
+        return FormatOver(asked.to_make, f"{describe(content)}, after an unfinished {begun} format")
     match content:
         case Blank() if asked.read_only or asked.to_make != begun:
             return None
@@ -201,14 +201,14 @@ def _decide_filesystem(
         *evidence.context.inherited_uuids,
     ):
         return Refuse(
-            f"holds {_describe(content)}, which was not made for it (UUID mismatch: leftover filesystem of another "
+            f"holds {describe(content)}, which was not made for it (UUID mismatch: leftover filesystem of another "
             f"volume); to use it, set its UUID to {evidence.own_uuid}{_way_out(evidence)}"
         )
     if held != _ONE_FOR_EACH_UUID or not evidence.context.populated or content.uuid == evidence.mount_uuid:
         return Use(held, content.is_ready)
     if asked.read_only and not evidence.context.private_copy:
         return Refuse(
-            f"holds {_describe(content)}, as its source may, and Linux cannot use both; stage it writable once: that "
+            f"holds {describe(content)}, as its source may, and Linux cannot use both; stage it writable once: that "
             "gives it a UUID of its own"
         )
     return Use(held, content.is_ready, evidence.mount_uuid or "")
@@ -218,7 +218,7 @@ def _way_out(evidence: Evidence) -> str:
     return "" if evidence.was_in_use else f"; to format over it, run {ALLOW_FORMAT} and attach it again"
 
 
-def _describe(content: Content) -> str:
+def describe(content: Content) -> str:
     match content:
         case Filesystem(fs_type=fs_type, uuid=uuid):
             return f"{fs_type} with the uuid {uuid}" if uuid else fs_type

@@ -38,6 +38,9 @@ ABSENT_S = 3600.0
 """Absence after which a record may go; a client shows its volumes within minutes."""
 MOST_AT_ONCE = 256  # records that one sweep removes; each waits for the disk
 
+RECORDS = "format-marks"
+"""Directory of the records in the state directory."""
+
 _FILE_BYTES = 512
 """Length of a record's file: one sector, which a disk writes as a whole or not at all, also in place."""
 
@@ -77,7 +80,7 @@ class UsageRecords:
     """Usage records as files, locked during a change, as two drivers may run."""
 
     def __init__(self, state_directory: Path) -> None:
-        self._directory = state_directory / "format-marks"
+        self._directory = state_directory / RECORDS
         self._held = threading.local()
 
     @contextmanager

@@ -74,6 +74,7 @@ OWN_VALUES: Mapping[str, Mapping[str, str]] = {
         **_LOG,
         "--driver-name": "driverName",
         "--pool": "storage.poolDirectory",
+        "--drive": "storage.drive",
         "--size": "storage.size",
         "--node-name": "the chart's own",
         "--device-directory": "storage.deviceDirectory",

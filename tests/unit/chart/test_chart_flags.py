@@ -210,6 +210,7 @@ CASES: Mapping[str, Sequence[Case]] = {
             {"--tracing-endpoint": ["http://c:4317"], "--tracing-sample-ratio": ["0"]},
         ),
         Case((*EMBEDDED, "storage.poolDirectory=/p", "storage.size=3GiB"), {"--pool": ["/p"], "--size": ["3GiB"]}),
+        Case((*EMBEDDED, "storage.drive=/dev/disk/by-id/nvme-1"), {"--drive": ["/dev/disk/by-id/nvme-1"]}),
         Case((*EMBEDDED, "storage.deviceDirectory=/d"), {"--device-directory": ["/d"]}),
         Case((*EMBEDDED, "storage.statusDirectory=/t"), {"--status-directory": ["/t"]}),
         Case((*EMBEDDED, "storage.service.port=99"), {"--listen": ["0.0.0.0:99"]}),

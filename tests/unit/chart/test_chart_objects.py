@@ -243,6 +243,20 @@ def test_a_directory_that_is_named_twice_is_mounted_once() -> None:
         assert len({mount["mountPath"] for mount in mounts}) == len(mounts)
 
 
+DRIVE = "storage.drive=/dev/disk/by-id/nvme-1"
+
+
+def test_a_pool_on_a_drive_needs_no_directory_and_time_for_its_first_start() -> None:
+    """Every block of a drive is read before it is formatted: a probe must not end that."""
+    for sets in ((*EMBEDDED, DRIVE), (*EXPORTED, "storage.poolDirectory=", DRIVE)):
+        rendered = render(*sets)
+        (pool,) = (each for each in rendered.pods()["storage"]["volumes"] if "pool" in str(each.get("hostPath")))
+        assert pool["hostPath"] == {"path": "/var/lib/nvmesh-csi/pool", "type": "DirectoryOrCreate"}
+        probe = rendered.container("storage/storage")["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 24 * 60 * 60
+    assert "startupProbe" not in render(*EXPORTED).container("storage/storage")
+
+
 def test_the_embedded_manager_sees_the_mounts_of_its_volumes_where_it_freezes_them() -> None:
     def kubelet(*sets: str) -> list[Manifest]:
         mounts = render(*EMBEDDED, "kubeletDirectory=/k", *sets).container("storage/storage")["volumeMounts"]

@@ -38,6 +38,7 @@ pytestmark = [pytest.mark.tool, pytest.mark.skipif(helm() is None, reason="needs
         ({"management": {"zones": {"a/b": {"servers": ["https://m"]}}}}, "a/b"),
         ({"management": {"zones": {"a": {}}}}, "missing property 'servers'"),
         ({"storage": {"size": "lots"}}, "at '/storage/size'"),
+        ({"storage": {"drive": "/dev/nvme0n1"}}, "at '/storage/drive': '/dev/nvme0n1' does not match pattern"),
         ({"storage": {"flags": {"overcommit": "yes"}}}, "at '/storage/flags/overcommit': got string, want boolean"),
         ({"csiDriver": {"nodeAllocatableUpdatePeriodSeconds": 5}}, "nodeAllocatableUpdatePeriodSeconds"),
         ({"fullnameOverride": "a" * 41}, "at '/fullnameOverride'"),
@@ -112,7 +113,12 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
             (*EXPORTED, "storage.nvme.addresses={127.0.0.2}"),
             "of the storage network, got 127.0.0.2",
         ),
-        ((*EXPORTED, "storage.poolDirectory="), "storage.poolDirectory is empty: name a directory that exists"),
+        ((*EXPORTED, "storage.poolDirectory="), "storage.drive and storage.poolDirectory are empty: name the drive"),
+        (
+            (*EXPORTED, "storage.drive=/dev/disk/by-id/nvme-1"),
+            "storage.drive and storage.poolDirectory are both set",
+        ),
+        ((*NVMESH, "storage.drive=/dev/disk/by-id/nvme-1"), "storage.drive is set and storage.enabled is false"),
         ((*EXPORTED, "storage.listenHost=[::]"), "storage.listenHost: expected an address of the node, got [::]"),
         ((*EXPORTED, "attachBy=node"), "a volume of a dead node could not be moved"),
         (

@@ -85,6 +85,19 @@ livenessProbe:
   timeoutSeconds: 5
   failureThreshold: 5
 {{- end }}
+{{- if and $port (index .root.Values .role).drive }}
+# Before a drive is formatted every block of it is read.
+startupProbe:
+  httpGet:
+    path: /healthz
+    port: http
+    {{- if hasPrefix "127." $host }}
+    host: {{ $host }}
+    {{- end }}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 8640
+{{- end }}
 {{- if $port }}
 readinessProbe:
   httpGet:

@@ -33,6 +33,12 @@
 {{- if and $v.storage.enabled (not (regexMatch "^[a-z][a-z0-9-]*$" $name)) -}}
 {{- fail (printf "name of the storage's Service: expected letters, digits and '-', the first a letter, got %s: set fullnameOverride, or rename the release" $name) -}}
 {{- end -}}
+{{- if and $v.storage.drive $v.storage.poolDirectory -}}
+{{- fail "storage.drive and storage.poolDirectory are both set: the pool is on the drive, or in the directory; set only one" -}}
+{{- end -}}
+{{- if and $v.storage.drive (not $v.storage.enabled) -}}
+{{- fail "storage.drive is set and storage.enabled is false: the drive belongs to the embedded manager; set storage.enabled to true" -}}
+{{- end -}}
 {{- include "nvmesh-csi.validateExport" . -}}
 {{- include "nvmesh-csi.validateSnapshots" . -}}
 {{- $daemonSets := dict "node" $v.node -}}
@@ -92,8 +98,8 @@
 {{- fail (printf "storage.nvme.addresses: expected an address of the storage network, got %s, which is every address, or one that no other node reaches; name the machine's own address" .) -}}
 {{- end -}}
 {{- end -}}
-{{- if not $storage.poolDirectory -}}
-{{- fail "storage.poolDirectory is empty: name a directory that exists in the filesystem of the drives; with storage.nvme.enabled it is never created, so that a drive that is not mounted is noticed" -}}
+{{- if not (or $storage.poolDirectory $storage.drive) -}}
+{{- fail "storage.drive and storage.poolDirectory are empty: name the drive for the volumes, or a directory that exists in the filesystem of the drives; with storage.nvme.enabled it is never created, so that a drive that is not mounted is noticed" -}}
 {{- end -}}
 {{- if eq $storage.listenHost "[::]" -}}
 {{- fail "storage.listenHost: expected an address of the node, got [::], which in the host's network (storage.nvme.enabled) is every network of the machine; name the node's address" -}}
