@@ -129,7 +129,7 @@ class PoolDrive:
         return uuid
 
     def _prove_blank(self, opened: OpenDevice, filesystems: LinuxFilesystems) -> None:
-        """Read every block: nobody knows what the drive was used for."""
+        """Read every block: the earlier use of the drive is unknown."""
         path = opened.device.path
 
         def log(done_bytes: int, total_bytes: int) -> None:

@@ -90,7 +90,7 @@ class Machine:
         self.records().write(UsageRecord(identity, 1, USED))
 
     def assert_is_pool(self) -> str:
-        """Mounted, with what a pool needs, and recorded; return its uuid."""
+        """Mounted, able to hold a pool, and recorded; return its uuid."""
         pool = Pool(self.pool, reflinks=ReflinkedFiles())
         assert (pool.why_no_reflinks, pool.block_bytes()) == ("", 4096)
         pool.close()
@@ -386,7 +386,7 @@ def sectors_written(volume: Volume) -> int:
 
 
 def test_a_restart_finds_the_filesystem_that_the_kernel_still_has(machine: Machine) -> None:
-    """What is not on the drive yet is there: it is the same filesystem, and its journal is not replayed."""
+    """Data that is not on the drive yet is there: it is the same filesystem, and its journal is not replayed."""
     loop = in_container(machine, WRITES)
     try:
         assert not os.path.ismount(machine.pool)
@@ -468,15 +468,15 @@ def test_a_drive_is_used_formatted_or_refused_by_its_content_and_record(
             (machine.begin if recorded == "begun" else machine.use)(MINE)
         fill(machine, content)
         before = everything(machine.drive)
-        wanted, found = expected(content, recorded), ""
+        right, found = expected(content, recorded), ""
         with contextlib.suppress(DriverError):
             machine.named().mount()
             found = (
                 "any"
-                if wanted == "any"
+                if right == "any"
                 else shell("blkid", "-p", "-s", "UUID", "-o", "value", str(machine.drive.loop.node)).strip()
             )
-        assert found == wanted, (content, recorded)
+        assert found == right, (content, recorded)
         if not found:
             assert everything(machine.drive) == before
         else:
