@@ -42,6 +42,9 @@ _PORTS = 1 << 16
 _SERIAL_DIGITS = 20
 _MODEL = "nvmesh-csi"
 _ANY_HOST = "*"
+_INLINE_BYTES = 65536
+"""Writes up to this size reach the target with their command, without a further round trip. The kernel's default is
+16 KiB."""
 _PLACE = ("trtype", "adrfam", "traddr", "trsvcid")
 _KEYS = ("dhchap_key", "dhchap_ctrl_key")
 
@@ -343,6 +346,9 @@ class NvmeTarget:
                 raise SystemCallFailed(f"open port {export.port} at {address}", errno.EADDRINUSE, why)
             for name, value in zip(_PLACE, ("tcp", family, address, str(export.port)), strict=True):
                 self._set(f"{port_of(number)}/addr_{name}", value)
+            inline = f"{port_of(number)}/param_inline_data_size"
+            if self.files.has(inline):
+                self._set(inline, str(_INLINE_BYTES))
             self.files.link(subsystem_of(export.nqn), link)
 
 

@@ -229,6 +229,38 @@ def test_what_is_as_wanted_is_not_touched(world: World) -> None:
     assert in_file(export.file) == 1
 
 
+def test_writes_of_64_kib_reach_the_target_with_their_command(world: World) -> None:
+    export = world.export(ONE)
+    world.target.apply(export)
+    assert world.files().read(f"ports/{export.port}/param_inline_data_size") == "65536"
+
+
+def test_a_port_of_an_earlier_version_is_not_changed_while_it_is_open(world: World) -> None:
+    export = world.export(ONE)
+    world.target.apply(replace(export, is_linked=False))
+    files, port = world.files(), f"ports/{export.port}"
+    files.make(port)
+    for name, value in {"trtype": "tcp", "adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": str(export.port)}.items():
+        files.write(f"{port}/addr_{name}", value)
+    files.link(f"subsystems/{export.nqn}", f"{port}/subsystems/{export.nqn}")
+    host, recorded = world.connect(export, ONE), Recorded(files)
+    assert NvmeTarget(recorded, world.target.sockets).apply(export) == export
+    assert recorded.changes == []
+    assert files.read(f"{port}/param_inline_data_size") == "16384"
+    host.write(0, block(1))
+    world.target.apply(replace(export, hosts=frozenset({OTHER})))
+    assert files.read(f"{port}/param_inline_data_size") == "65536"
+
+
+@pytest.mark.skipif(HAS_KERNEL, reason="the kernel has the attribute")
+def test_a_kernel_without_a_choice_of_inline_data_exports_all_the_same(world: World) -> None:
+    assert world.kernel is not None
+    export = world.export(ONE)
+    world.files().make(f"ports/{export.port}")
+    del world.kernel.ports[str(export.port)].attributes["param_inline_data_size"]
+    assert world.target.apply(export) == export
+
+
 def test_a_host_that_joins_cuts_nobody_off(world: World) -> None:
     export = world.export(ONE)
     world.target.apply(export)
@@ -539,6 +571,7 @@ def test_the_kernel_keeps_what_an_export_in_use_is(world: World) -> None:
         f"{namespace}/device_path": errno.EBUSY,
         f"{namespace}/device_uuid": errno.EBUSY,
         f"ports/{export.port}/addr_trsvcid": errno.EACCES,
+        f"ports/{export.port}/param_inline_data_size": errno.EACCES,
         f"subsystems/{export.nqn}/attr_serial": errno.EINVAL,
     }
     for path, number in paths.items():

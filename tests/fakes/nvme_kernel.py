@@ -93,7 +93,13 @@ class _Subsystem:
 @dataclass(eq=False)
 class _Port:
     attributes: dict[str, str] = field(
-        default_factory=lambda: {"addr_trtype": "", "addr_adrfam": "", "addr_traddr": "", "addr_trsvcid": ""}
+        default_factory=lambda: {
+            "addr_trtype": "",
+            "addr_adrfam": "",
+            "addr_traddr": "",
+            "addr_trsvcid": "",
+            "param_inline_data_size": "-1",
+        }
     )
     subsystems: list[str] = field(default_factory=list)
 
@@ -326,6 +332,8 @@ class NvmeKernel:
         others = {each.place for each in self.ports.values() if each.subsystems}
         if port.place in self.used_places | others:
             raise _refuse(errno.EADDRINUSE)
+        if port.attributes.get("param_inline_data_size") == "-1":
+            port.attributes["param_inline_data_size"] = "16384"
 
     def unlink(self, path: str) -> None:
         with self.lock:
