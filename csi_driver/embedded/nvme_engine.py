@@ -179,8 +179,8 @@ class NvmeEngine:
 
     def nqns(self, identity: str) -> list[str]:
         """Return the exports by which hosts may write to the volume's own file."""
-        found = (self._exports[client, identity].target for client in self.holders(identity))
-        return [target.nqn for target in found if target.hosts and not self._is_private(target)]
+        found = (self._exports[client, identity] for client in self.holders(identity))
+        return [each.target.nqn for each in found if not (each.is_cut or self._is_private(each.target))]
 
     def hold(self, client: str, identity: str) -> Hold | None:
         found = self._exports.get((client, identity))

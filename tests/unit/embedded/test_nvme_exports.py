@@ -613,6 +613,16 @@ def test_a_node_that_another_program_has_removed_is_not_taken_for_cut_off(storag
     storage.kernel.write(storage.connect("second"), 0, BLOCK)
 
 
+def test_a_node_that_another_program_has_removed_is_held_for_a_snapshot_of_its_volume(storage: Storage) -> None:
+    controller = storage.connect_new("worker", "data")
+    storage.manager.detach("data", "worker")
+    storage.kernel.configfs.unlink(f"subsystems/{controller.nqn}/allowed_hosts/{host_nqn('worker')}")
+    storage.restart()
+    exports = storage.manager.server.exports
+    assert exports is not None
+    assert exports.nqns(storage.manager.uuid("data")) == [controller.nqn]
+
+
 def test_a_copy_of_a_pool_is_not_used_while_its_volumes_are_exported(storage: Storage, tmp_path: Path) -> None:
     """Its manager would take the exports of the original for its own."""
     controller = storage.connect_new("worker", "data")
