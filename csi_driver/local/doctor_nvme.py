@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 
 from csi_driver.host import machine_checks as machine
@@ -17,7 +17,7 @@ from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.nvme_host import LIVE, Sysfs
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.local.doctor import STORAGE, Finding, Target, error, ok, warning
-from csi_driver.nvme_model import host_nqn, host_uuid
+from csi_driver.nvme_model import NvmeExport, host_nqn, host_uuid
 
 _PROBE_S = 1.0
 Faults = tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]
@@ -69,7 +69,11 @@ def exports(target: Target, kernel: NvmeTarget | None = None) -> Iterator[Findin
             yield error(f"{name} is not complete: its node cannot connect")
     if found or (target.role == STORAGE and kernel.files.has("subsystems")):
         yield from _ports(target.export_ports, {each.port for each in found}, kernel)
-    yield ok(f"volumes exported over NVMe/TCP here: {sum(bool(each.hosts) for each in found)}")
+    pools = Counter(NvmeExport(each.nqn, ()).pool for each in found if each.hosts)
+    yield ok(f"volumes exported over NVMe/TCP here: {pools.total()}")
+    if len(pools) > 1:
+        # A manager ends the exports of its own pool alone, and other pools may have managers.
+        yield ok(f"their pools: {', '.join(f'{pool} ({count})' for pool, count in sorted(pools.items()))}")
 
 
 def _ports(chosen: tuple[int, int], exported: Collection[int], kernel: NvmeTarget) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,17 @@ def exported(kernel: NvmeKernel, directory: Path, port: int = 23001) -> NvmeTarg
 def test_exports_are_counted(kernel: NvmeKernel, tmp_path: Path) -> None:
     (found,) = doctor_nvme.exports(target(), exported(kernel, tmp_path))
     assert (found.severity, found.found) == (Severity.OK, "volumes exported over NVMe/TCP here: 1")
+
+
+def test_exports_of_several_pools_are_named(kernel: NvmeKernel, tmp_path: Path) -> None:
+    """A pool that is gone has no manager that would end its exports."""
+    adapter, other = exported(kernel, tmp_path), "0" * 8 + POOL[8:]
+    (export,) = adapter.exported()
+    adapter.apply(replace(export, nqn=subsystem_nqn(other, VOLUME, "1"), port=23002))
+    assert [each.found for each in doctor_nvme.exports(target(), adapter)] == [
+        "volumes exported over NVMe/TCP here: 2",
+        f"their pools: {other} (1), {POOL} (1)",
+    ]
 
 
 def test_a_held_and_an_incomplete_export_are_found(kernel: NvmeKernel, tmp_path: Path) -> None:
