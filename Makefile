@@ -108,7 +108,7 @@ bench-record: $(VENV)/test debian-packages ## the same, and add its figures to t
 	@$(BIN)/python -m tests.bench.document
 
 .PHONY: bench-nvme
-bench-nvme: $(VENV)/test ## as root: the same for NVMe over TCP, in an emulated machine (15 min)
+bench-nvme: $(VENV)/test ## as root: the same for NVMe over TCP, in emulated machines (1 h)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@$(BIN)/python -m tests.bench.nvme $(CACHE)/vm $(BENCH_ARGS)
 

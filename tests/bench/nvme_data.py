@@ -60,7 +60,11 @@ def measure_limited(report: Report, runtime_s: float) -> None:
 
 
 def _compare(
-    report: Report, group: str, places: Mapping[str, Path], patterns: Mapping[str, Pattern], runtime_s: float
+    report: Report,
+    group: str,
+    places: Mapping[str, Path],
+    patterns: Mapping[str, Pattern],
+    runtime_s: float,
 ) -> None:
     first, *others = places
     table = report.table(group, ("", "depth", f"{first} per s", *others))
@@ -82,7 +86,7 @@ def measure_inline(report: Report, runtime_s: float) -> None:
     pool, exports = pool_on(drive("nullb0", 700)), Exports()
     numbers = itertools.count(1)
     places = {
-        f"{kib} KiB": exports.connected(f"{kib}", written(pool / f"{kib}"), next(numbers), inline_kib=kib)
+        f"{kib} KiB a command": exports.connected(f"{kib}", written(pool / f"{kib}"), next(numbers), inline_kib=kib)
         for kib in (16, 64)
     }
     patterns = {f"random write {kib} KiB": Pattern("randwrite", f"{kib}k") for kib in (4, 16, 32, 64)}

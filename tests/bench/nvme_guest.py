@@ -21,7 +21,7 @@ RESULT = "result: "
 
 PARTS: Mapping[str, Callable[[Report, bool], None]] = {
     "data": lambda report, quick: measure_data(report, 0.05 if quick else 0.1),
-    "limited": lambda report, quick: measure_limited(report, 0.1 if quick else 0.5),
+    "limited": lambda report, quick: measure_limited(report, 0.1 if quick else 2.0),
     "inline": lambda report, quick: measure_inline(report, 0.02 if quick else 0.2),
     "scale": lambda report, quick: measure_scale(report, (2, 4) if quick else (10, 30, 60)),
     "writes": lambda report, quick: measure_writes(report, 1 if quick else 8),
