@@ -2,7 +2,7 @@
 """Devices of volumes: found by name, identified by evidence, and opened with the identity verified.
 
 The evidence is the client's `status.json`, a loop device's label, and the SCSI serial number; of a volume that this
-node connected itself, the record of the connection and what the kernel says of the device. udev's database may be
+node connected itself, the record of the connection and the device's identity in sysfs. udev's database may be
 outdated and is not read. All evidence must agree; without any, nothing is written.
 
 The client's status is read before a device is opened, because opening a device without I/O may hang forever. When I/O

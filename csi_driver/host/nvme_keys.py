@@ -134,7 +134,7 @@ class NodeKeys:
                 raise ValueError
         except FileNotFoundError:
             return None
-        except OSError as error:  # a new key would be of no use to connections that the targets know by this one
+        except OSError as error:  # the targets know this node's connections by the present key
             raise SystemCallFailed(f"read {self.directory / _FILE}", error.errno or 0) from error
         except (ValueError, TypeError, KeyError):  # its text could quote a key
             _LOG.error("%s cannot be read: this node makes a new key", self.directory / _FILE)

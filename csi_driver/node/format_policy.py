@@ -123,7 +123,7 @@ class Evidence:
 
     @property
     def expects_own(self) -> bool:
-        """Whether the volume should hold a filesystem of this driver, and nobody else can have written to it."""
+        """Whether the volume should hold a filesystem of this driver, and no other program can have written to it."""
         uses = {History.FIRST: (USED,), History.ATTACHED: (USED, "")}.get(self.context.history, ())
         return self.context.attachment > 0 and self.own_record in uses
 

@@ -174,7 +174,7 @@ class NvmeVolumes:
             self.sysfs.delete(controller, nqn)
 
     def _connect_failure(self, failure: SystemCallFailed, about: str, path: str, nqn: str) -> DriverError:
-        """Return the error of a connect, by what the target says: the kernel tells every refusal as the same one."""
+        """Return the error of a connect, by the target's answer: the kernel reports all refusals as one error."""
         if failure.errno in _KEY_FAILURES:
             if self.keys is not None:
                 self.keys.rejected()

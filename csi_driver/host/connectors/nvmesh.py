@@ -23,7 +23,7 @@ from csi_driver.storage_model import ReservationMode
 _STATUS_LIMIT_BYTES = 4 << 20
 """The client answers EFBIG to a longer status, which a volume of many pieces has."""
 _USUAL_STATUS_BYTES = 64 << 10
-"""A larger buffer is mapped anew for each read, which takes longer than the read."""
+"""A larger buffer is mapped again for each read, which takes longer than the read."""
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,18}")
 _OPENER = re.compile(r"^ +[0-9]+\) ([0-9]+) \[(.*)\], mode=", re.MULTILINE)
 _OPENS = re.compile(r"^Num Processes=[0-9]{1,10}, opens=([0-9]{1,10})\n", re.MULTILINE)
@@ -263,7 +263,7 @@ def parse_serial_page(page: bytes) -> str | None:
 class DeviceEvidence:
     """The evidence of which volume a device is; None = no evidence.
 
-    `label_uuid`: what the device itself claims, if its kind does that (`is_labelled`): the label of a loop device, the
+    `label_uuid`: identity shown by the device itself, if its kind has one (`is_labelled`): the label of a loop device, the
     uuid of an NVMe namespace. `serial`: the SCSI serial number.
     """
 
