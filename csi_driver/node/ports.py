@@ -215,7 +215,7 @@ class Filesystems(Protocol):
     """Content of devices."""
 
     def supported(self, wanted: str = "") -> Sequence[str]:
-        """Return the filesystem types that this machine can make and mount, "ext4" first; only `wanted` where it is given and one of them."""
+        """Return the types that this machine can make and mount, "ext4" first; only `wanted` if it is given."""
 
     def probe(self, device: OpenDevice, *, deadline: Deadline, own_uuid: str | None = None) -> Content:
         """Read head, tail and superblock locations from the disk; `HostFailure` if short.
@@ -255,7 +255,7 @@ class Filesystems(Protocol):
         """Grow a mounted filesystem. Raises `PreconditionFailed` where it cannot."""
 
     def trim(self, path: Path, device: Device, fs_type: str, *, deadline: Deadline) -> int:
-        """Discard the free blocks of a mounted filesystem and return their bytes, also those of blocks discarded before.
+        """Discard the free blocks of a mounted filesystem and return their bytes, also if discarded before.
 
         Raises `SystemCallFailed` with EOPNOTSUPP or ENOTTY where it or its device takes no discards, `DeadlineReached`.
         """

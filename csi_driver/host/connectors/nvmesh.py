@@ -263,7 +263,7 @@ def parse_serial_page(page: bytes) -> str | None:
 class DeviceEvidence:
     """The evidence of which volume a device is; None = no evidence.
 
-    `label_uuid`: identity shown by the device itself, if its kind has one (`is_labelled`): the label of a loop device, the
+    `label_uuid`: identity of the device itself, if its kind has one (`is_labelled`): the label of a loop device, the
     uuid of an NVMe namespace. `serial`: the SCSI serial number.
     """
 
