@@ -27,7 +27,7 @@ from csi_driver.host.connectors.nvme import NvmeVolumes, Refused
 from csi_driver.host.connectors.nvme_paths import PathKeeper
 from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.devices import LinuxDevices
-from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM
+from csi_driver.host.nvme_host import HOST_REFUSED, NO_SUBSYSTEM, Sysfs
 from csi_driver.host.nvme_keys import NodeKeys, Registration
 from csi_driver.host.nvme_owners import Owners
 from csi_driver.host.nvme_target import NvmeTarget
@@ -1164,6 +1164,49 @@ def test_the_waiting_io_of_a_volume_that_was_taken_over_fails(machine: Machine, 
 def test_a_disconnect_does_not_wait_for_the_delayed_removal(machine: Machine, outliving: TargetExport) -> None:
     machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(30))
     assert machine.volumes.sysfs.find(outliving.nqn) is None
+
+
+@only_fake
+def test_a_disconnect_waits_until_the_delayed_removal_is_set(
+    machine: Machine, volume: str, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it is set after the disconnect has looked at it, and the device stays for a minute."""
+    kernel_of(machine).has_delayed_removal = True
+    sysfs = type(machine.volumes.sysfs)
+    set_now = sysfs.tune_head
+
+    def hang(of: Sysfs, subsystem: str, head: str, attribute: str, value: str) -> None:
+        if value != "0":
+            hanging(head)
+        set_now(of, subsystem, head, attribute, value)
+
+    monkeypatch.setattr(sysfs, "tune_head", hang)
+    export = machine.export(volume)
+    machine.connect(export)
+    assert hanging.entered.wait(WAIT_S)
+    deleted: list[str] = []
+    kernel_of(machine).before_delete = deleted.append
+    with pytest.raises(DeadlineReached):
+        machine.volumes.disconnect(NAME, HOLDER, deadline=Deadline.after(1))
+    assert deleted == []
+    hanging.let_go.set()
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+
+
+def test_no_delayed_removal_is_set_for_a_volume_that_another_driver_of_the_node_disconnects(
+    machine: Machine, outliving: TargetExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = machine.volumes.records.all()[NAME]
+    subsystem = machine.volumes.sysfs.find(outliving.nqn)
+    assert subsystem is not None
+    machine.volumes.sysfs.tune_head(subsystem.name, subsystem.heads[0].name, "delayed_removal_secs", "0")
+    written: list[str] = []
+    monkeypatch.setattr(type(machine.volumes.sysfs), "tune_head", lambda *words: written.append(words[-1]))
+    machine.volumes.records.put(replace(record, is_ending=True), record)
+    assert not machine.volumes.place_node(record)
+    machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    assert written == []
 
 
 # --- authentication ---

@@ -44,9 +44,8 @@ DELAYED_REMOVAL, DELAYED_REMOVAL_S = "delayed_removal_secs", 60
 """So long a namespace outlives its last path (Linux 6.16): I/O waits until the keeper has connected another. No later
 write shortens a wait that has begun, and a volume that was taken over cannot be disconnected before its end."""
 IO_TIMEOUT_S, MOST_IO_QUEUES = 600, 4
-_QUEUE_SIZE, _RECONNECT_DELAY_S = 128, 2
+_QUEUE_SIZE, _RECONNECT_DELAY_S, _DELETES_AT_ONCE = 128, 2, 8
 _FIRST_S, _MOST_S = 0.005, 0.1  # pauses between looks at sysfs
-_DELETES_AT_ONCE = 8
 _ALREADY_CONNECTED = (errno.EALREADY, errno.EEXIST)  # the kernel looks; a look here would read every subsystem
 _KEY_FAILURES = (errno.ENOKEY, errno.EKEYREJECTED, errno.EKEYEXPIRED, errno.EKEYREVOKED)
 
@@ -248,12 +247,10 @@ class NvmeVolumes:
         if subsystem is None or not subsystem.heads:
             return False
         head = proven(record, subsystem)
-        wait_s = self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL)
-        if wait_s and wait_s != str(DELAYED_REMOVAL_S) and not record.is_refused:
-            tune = partial(self.sysfs.tune_head, subsystem.name, head.name, DELAYED_REMOVAL, str(DELAYED_REMOVAL_S))
-            self._jobs.start(self._deleting, ("tune", head.name), tune)
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(self._device_root, 0o755)
+        if self.sysfs.of_head(subsystem.name, head.name, DELAYED_REMOVAL) not in ("", str(DELAYED_REMOVAL_S)):
+            work = partial(self._outlive_paths, record, subsystem.name, head.name)
+            self._jobs.start(self._deleting, ("outlive", record.export.nqn), work)
+        os.makedirs(self._device_root, 0o755, exist_ok=True)
         with self.records.changing():
             now = self.records.get(record.name)
             if now is None or now.export.nqn != record.export.nqn or now.is_ending:
@@ -263,6 +260,10 @@ class NvmeVolumes:
 
     def has_node(self, name: str) -> bool:
         return block_devices.node_number(self._device_root / name) is not None
+
+    def _outlive_paths(self, record: Connection, subsystem: str, head: str) -> None:
+        if self._is_wanted(record):
+            self.sysfs.tune_head(subsystem, head, DELAYED_REMOVAL, str(DELAYED_REMOVAL_S))
 
     def volume(self, name: str) -> VolumeStatus | None:
         """Return the status of a connected volume, from sysfs; None when this node did not connect it."""
@@ -316,7 +317,7 @@ class NvmeVolumes:
     def _end(self, record: Connection, deadline: Deadline) -> None:
         self._require_unclaimed(record)
         self.records.change(record, lambda now: replace(now, is_ending=True))
-        self._finish_connects(record, deadline)
+        self._finish_changes(record, deadline)
         self.end_subsystem(record.export.nqn, deadline)
         with self.records.changing():
             now = self.records.get(record.name)
@@ -334,9 +335,9 @@ class NvmeVolumes:
             if block_devices.is_number_claimed(head.number, self._device_root):
                 raise StorageUnavailable(f"{head.name} of volume {record.name} is in use: it stays connected")
 
-    def _finish_connects(self, record: Connection, deadline: Deadline) -> None:
-        """Wait for connects that run: their controllers would come after the others have gone."""
-        for job in self._jobs.running("connect", record.export.nqn):
+    def _finish_changes(self, record: Connection, deadline: Deadline) -> None:
+        """Wait for connects, whose controllers would come after the others have gone, and for a delayed removal."""
+        for job in [job for kind in ("connect", "outlive") for job in self._jobs.running(kind, record.export.nqn)]:
             if not job.cancel():
                 with contextlib.suppress(PreconditionFailed, HostFailure, StorageUnavailable):
                     self._wait(job, "", deadline)
