@@ -17,7 +17,7 @@ QUICK_TESTS := tests/unit tests/property
 MACHINE_TESTS := tests/contract tests/sanity tests/browser tests/integration
 CLUSTER := tests/kubernetes/cluster
 VM_TESTS := tests/contract/test_host_encryption.py tests/contract/test_host_freeze.py::test_a_filesystem_over_the_device_mapper_is_frozen \
-	tests/contract/test_nvme_target.py tests/contract/test_nvme_connector.py tests/vm
+	tests/contract/test_sock_diag.py tests/contract/test_nvme_target.py tests/contract/test_nvme_connector.py tests/vm
 FAILOVER_TESTS := tests/vm/test_nvme_failover.py
 IMAGE ?= nvmesh-csi:dev
 
@@ -66,14 +66,14 @@ else
 endif
 
 .PHONY: test-vm
-test-vm: $(VENV)/test ## as root: encryption, lost devices and NVMe/TCP in one emulated machine, then failover (estimate: 45 min)
+test-vm: $(VENV)/test $(SANITY) ## as root: encryption, lost devices and NVMe/TCP in one emulated machine, then failover (about 40 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest in the guest: $(or $(PYTEST_ARGS),$(VM_TESTS))'
 	@tests/vm/run $(CACHE)/vm -v $(or $(PYTEST_ARGS),$(VM_TESTS))
 	@[ -n "$(PYTEST_ARGS)" ] || $(MAKE) --no-print-directory test-failover
 
 .PHONY: test-failover
-test-failover: $(VENV)/test ## as root: NVMe/TCP between three emulated machines that die and lose cables (estimate: 20 min)
+test-failover: $(VENV)/test ## as root: NVMe/TCP between three emulated machines that die and lose cables (about 13 min)
 	@tests/vm/build-guest $(CACHE)/vm $(BIN)/python
 	@echo '== pytest with three guests: $(or $(PYTEST_ARGS),$(FAILOVER_TESTS))'
 	@tests/vm/run-machines $(CACHE)/vm $(BIN)/python -v -s $(or $(PYTEST_ARGS),$(FAILOVER_TESTS))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from csi_driver.rpc.pb import csi_pb2 as pb
 from tests.client import capability_message
 from tests.contract.host_machine import shell
 from tests.integration import test_node_secrets as secrets
-from tests.integration.rig import MIB, Rig, Volume, filesystem, findmnt, raw_block
+from tests.integration.rig import GIB, MIB, Rig, Volume, filesystem, filesystem_size, findmnt, raw_block
 
 pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
 
@@ -70,7 +71,7 @@ class Encrypted(Volume):
         self.rig.node.call(self.rig.node.node.NodeExpandVolume, request)
 
 
-def created(rig: Rig, kind: str, capability: Capability, size: int = 256 * MIB) -> Encrypted:
+def created(rig: Rig, kind: str, capability: Capability, size: int = GIB) -> Encrypted:
     request = pb.CreateVolumeRequest(
         name=f"{kind}-{os.urandom(4).hex()}",
         volume_capabilities=[capability_message(capability)],
@@ -79,7 +80,7 @@ def created(rig: Rig, kind: str, capability: Capability, size: int = 256 * MIB) 
     )
     request.capacity_range.required_bytes = size
     volume = rig.controller.call(rig.controller.controller.CreateVolume, request).volume
-    paths = rig.directory.with_name("paths")
+    paths = rig.directory.with_name(f"{rig.directory.name}.paths")
     paths.mkdir(exist_ok=True)
     return Encrypted(rig, request.name, volume.volume_id, capability, paths, dict(volume.volume_context))
 
@@ -93,6 +94,17 @@ def write(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+def stored(file: Path) -> bytes:
+    """Return the content of a sparse file without its holes."""
+    found, end = [], 0
+    with file.open("rb") as stream, contextlib.suppress(OSError):  # no data is left
+        while True:
+            begin = os.lseek(stream.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(stream.fileno(), begin, os.SEEK_HOLE)
+            found.append(os.pread(stream.fileno(), end - begin, begin))
+    return b"".join(found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_life_cycle_of_an_encrypted_filesystem(rig: Rig, kind: str) -> None:
     volume = created(rig, kind, filesystem())
@@ -102,12 +114,14 @@ def test_the_life_cycle_of_an_encrypted_filesystem(rig: Rig, kind: str) -> None:
     assert shown["source"] == f"/dev/mapper/{volume.short}"
     write(target / "file", b"plain text" * 1000)
     file = volume.file
-    volume.grow(512 * MIB)
-    status = os.statvfs(target)
-    assert status.f_blocks * status.f_frsize > 400 * MIB
+    before = filesystem_size(target)
+    volume.grow(2 * GIB)
+    assert filesystem_size(target) > before + 900 * MIB
     volume.down()
     assert volume.short not in shell("dmsetup", "ls")
-    assert b"plain text" not in file.read_bytes()
+    data = stored(file)
+    assert data.startswith(b"LUKS")
+    assert b"plain text" not in data
     volume.attach()
     with pytest.raises(CallFailed) as refusal:
         volume.stage_with({"passphrase": "another horse"})

@@ -31,6 +31,7 @@ MIB = 1 << 20
 NODE = "node-1"
 ONE, OTHER = host_nqn(NODE), host_nqn("node-2")
 SLOW_MS = 3000
+HELD_MS = 600_000  # until it is made fast
 FICLONE = 0x40049409
 
 
@@ -105,14 +106,15 @@ class SlowPool:
     below: str
 
     def _load(self, table: str) -> None:
-        shell("dmsetup", "suspend", self.name)
+        shell("dmsetup", "suspend", "--nolockfs", self.name)  # its thaw writes
         shell("dmsetup", "reload", self.name, "--table", table)
         shell("dmsetup", "resume", self.name)
 
-    def slow(self) -> None:
-        self._load(f"0 {self.sectors} delay {self.below} 0 0 {self.below} 0 {SLOW_MS}")
+    def slow(self, delay_ms: int) -> None:
+        self._load(f"0 {self.sectors} delay {self.below} 0 0 {self.below} 0 {delay_ms}")
 
     def fast(self) -> None:
+        """Let the waiting writes go on, too."""
         self._load(f"0 {self.sectors} delay {self.below} 0 0 {self.below} 0 0")
 
 
@@ -139,13 +141,13 @@ def slow_pool(tmp_path: Path) -> Iterator[SlowPool]:
         shell("losetup", "--detach", below)
 
 
-def slow_write(machine: Machine, pool: SlowPool) -> TargetExport:
+def slow_write(machine: Machine, pool: SlowPool, *, delay_ms: int = SLOW_MS) -> TargetExport:
     """Return an export of two hosts, one of which has a write that is running: it began, and takes a while."""
     export = machine.export(pool.place, ONE, OTHER)
     host = machine.raw(export, OTHER)
     host.write(0, block(1))
     os.sync()
-    pool.slow()
+    pool.slow(delay_ms)
     host.begin_write(0, block(2))
     # The target takes the requests of a queue in order: the write is running when the read, which is fast, is answered.
     assert host.read(BLOCK_BYTES, BLOCK_BYTES) == bytes(BLOCK_BYTES)
@@ -160,11 +162,26 @@ def test_a_cut_waits_for_the_requests_that_are_running(slow_pool: SlowPool, mach
 
 
 def test_without_its_wait_the_cut_would_be_too_early(slow_pool: SlowPool, machine: Machine) -> None:
-    export = slow_write(machine, slow_pool)
+    export = slow_write(machine, slow_pool, delay_ms=HELD_MS)
     hasty = NvmeTarget(sockets=lambda ports: dict.fromkeys(ports, ()))
     hasty.apply(replace(export, hosts=frozenset({ONE})))
     assert in_file(export.file) == 1
+    slow_pool.fast()
     assert Deadline.after(60).wait_until(lambda: in_file(export.file) == 2)
+
+
+def test_the_kernel_shows_a_namespace_as_disabled_while_its_requests_run(slow_pool: SlowPool, machine: Machine) -> None:
+    export = slow_write(machine, slow_pool, delay_ms=HELD_MS)
+    enable, files = f"subsystems/{export.nqn}/namespaces/1/enable", machine.target.files
+    disabling = threading.Thread(target=files.write, args=(enable, "0"), daemon=True)
+    disabling.start()
+    assert Deadline.after(60).wait_until(lambda: files.read(enable) == "0")
+    assert disabling.is_alive()
+    assert in_file(export.file) == 1
+    slow_pool.fast()
+    disabling.join(60)
+    assert not disabling.is_alive()
+    assert in_file(export.file) == 2
 
 
 def test_a_cut_does_not_wait_for_data_that_never_comes(machine: Machine, tmp_path: Path) -> None:

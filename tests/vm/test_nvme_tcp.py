@@ -16,14 +16,17 @@ import pytest
 
 from csi_driver.node.reconcile import Kind
 from csi_driver.rpc.client import CallFailed
+from tests.contract.host_machine import shell
 from tests.integration.rig import (
     GIB,
     MIB,
     START_TIMEOUT_S,
     Volume,
     digest,
+    filesystem,
     filesystem_size,
     fill,
+    findmnt,
     raw_block,
     wait_for,
 )
@@ -31,6 +34,7 @@ from tests.integration.test_nvme_cluster import UNKNOWN_NODE
 from tests.reflink_pool import XFS, mounted
 from tests.sanity import test_csi_sanity as sanity
 from tests.vm import nvme_rig
+from tests.vm import test_encryption_end_to_end as encryption
 from tests.vm.nvme_rig import NODE, NvmeRig, controllers, exports
 
 pytestmark = [pytest.mark.root, pytest.mark.device_mapper]
@@ -144,6 +148,34 @@ def test_a_raw_block_volume_is_the_exported_file(rig: NvmeRig) -> None:
     file = exports()[volume.publish_context["nvme.nqn"]]
     assert digest(file, 4 * MIB) == written
     volume.end()
+
+
+@pytest.mark.parametrize("kind", encryption.KINDS)
+def test_an_encrypted_volume_is_encrypted_before_it_reaches_the_network(rig: NvmeRig, kind: str) -> None:
+    volume, text = encryption.created(rig, kind, filesystem()), b"plain text" * 1000
+    target = volume.up()
+    shown = findmnt(target)
+    assert shown is not None
+    assert shown["source"] == f"/dev/mapper/{volume.short}"
+    encryption.write(target / "file", text)
+    nqn = volume.publish_context["nvme.nqn"]
+    file = exports()[nqn]
+    volume.unpublish()
+    volume.unstage()
+    assert controllers(nqn) == {}
+    volume.stage_with(encryption.SECRET)
+    volume.publish()
+    assert (target / "file").read_bytes() == text
+    before = filesystem_size(target)
+    volume.grow(2 * GIB)
+    assert filesystem_size(target) > before + 900 * MIB
+    encryption.write(target / "file", text)
+    volume.down()
+    assert volume.short not in shell("dmsetup", "ls")
+    data = encryption.stored(file)
+    assert data.startswith(b"LUKS")
+    assert b"plain text" not in data
+    volume.delete()
 
 
 def test_an_attachment_never_has_the_subsystem_of_an_earlier_one(rig: NvmeRig) -> None:
