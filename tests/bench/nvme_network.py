@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.nvme_drives import DEPTHS, PATTERNS, SIZE_MIB, Pattern, fio_script, job_lines
@@ -21,13 +22,13 @@ from tests.integration.rig import MIB, raw_block
 from tests.vm.machines import Machine
 from tests.vm.nvme_cluster import NvmeCluster
 
-GROUP = "processor time / file's"
+GROUP = "the node's share"
 FEW = 8
 _EXPORTED = "cat /sys/kernel/config/nvmet/subsystems/*/namespaces/1/device_path"
 
 
-def measure_network(cluster: NvmeCluster, report: Report, rounds: int, mib: int, blocks: int) -> None:
-    """Compare a request to a volume of the node with one to its file on the storage machine."""
+def measure_network(cluster: NvmeCluster, report: Report, rounds: int, scale: int) -> None:
+    """Tell what a request to a volume of the node takes in both machines, and one to its file."""
     node, storage = cluster.nodes[0].machine, cluster.storage
     volume = cluster.volume(cluster.nodes[0], raw_block(), SIZE_MIB * MIB)
     cluster.attach(volume)
@@ -37,37 +38,47 @@ def measure_network(cluster: NvmeCluster, report: Report, rounds: int, mib: int,
     for role in (cluster.manager, cluster.nodes[0].service):
         assert role is not None
         role.close()  # the kernels go on without them
-    places = {"file": (storage, file, (storage,)), "volume": (node, volume.target, (storage, node))}
-    for runs_on, place, measured in places.values():  # the first run reads fio from its disk
-        _each_s(runs_on, place, measured, PATTERNS["read 1 MiB"], 1, FEW)
-    table = report.table(GROUP, ("", "depth", "file us", "storage", "node", "lowest", "highest"))
+    of_file, of_volume = Side(storage, file, (storage,), 20), Side(node, volume.target, (storage, node), 1)
+    for side in (of_file, of_volume):
+        side.used_s(PATTERNS["read 1 MiB"], 1, FEW)  # the first run reads fio from its disk
+    columns = ("", "depth", "file us", "storage us", "node us", "node's share", "lowest", "highest")
+    table = report.table("Processor time of a request", columns)
     for name, pattern in PATTERNS.items():
         for depth in DEPTHS:
-            count, found = mib if pattern.size == "1m" else blocks, []
-            for _ in range(rounds):
-                [file_s] = _each_s(*places["file"], pattern, depth, count)
-                found.append((file_s, *(each / file_s for each in _each_s(*places["volume"], pattern, depth, count))))
-            file_s, at_storage, at_node = (statistics.median(each) for each in zip(*found, strict=True))
-            sums = [at_storage + at_node for _, at_storage, at_node in found]
-            table.row(name, depth, file_s * 1e6, at_storage, at_node, min(sums), max(sums))
-            for machine, value in (("storage machine", at_storage), ("node", at_node)):
-                report.point("queue depth", f"{GROUP}: {name}, {machine}", depth, value)
+            count = scale * (1 if pattern.size == "1m" else 8)
+            found = [
+                (*of_file.each_s(pattern, depth, count), *of_volume.each_s(pattern, depth, count))
+                for _ in range(rounds)
+            ]
+            shares = [at_node / (at_storage + at_node) for _, at_storage, at_node in found]
+            middle = statistics.median(shares)
+            times_us = (statistics.median(each) * 1e6 for each in zip(*found, strict=True))
+            table.row(name, depth, *times_us, middle, min(shares), max(shares))
+            report.point("queue depth", f"{GROUP}: {name}", depth, middle)
 
 
-def _each_s(
-    runs_on: Machine, place: Path, measured: tuple[Machine, ...], pattern: Pattern, depth: int, count: int
-) -> list[float]:
-    """Return the processor time of one request in each measured machine."""
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A place that fio uses in a machine, and the machines that work for it. `more`: so often it repeats requests."""
 
-    def used_s(requests: int) -> list[float]:
-        lines = [*job_lines(place, pattern, depth), f"size={SIZE_MIB}m", f"number_ios={requests}"]
-        before = [machine.processor_s() for machine in measured]
-        runs_on.run(fio_script([lines]))
-        return [machine.processor_s() - begin for machine, begin in zip(measured, before, strict=True)]
+    runs_on: Machine
+    place: Path
+    measured: tuple[Machine, ...]
+    more: int
 
-    threads = min(depth, 8) if pattern.flushes else 1
-    few, many = used_s(FEW), used_s(FEW + count // threads)
-    return [(more - less) / (count // threads * threads) for less, more in zip(few, many, strict=True)]
+    def each_s(self, pattern: Pattern, depth: int, count: int) -> list[float]:
+        """Return the processor time of one request in each measured machine."""
+        few, many = (self.used_s(pattern, depth, requests) for requests in (FEW, FEW + count * self.more))
+        return [(more - less) / (count * self.more) for less, more in zip(few, many, strict=True)]
+
+    def used_s(self, pattern: Pattern, depth: int, requests: int) -> list[float]:
+        """Return the processor time of a run of fio."""
+        threads = min(depth, 8) if pattern.flushes else 1
+        size_kib = requests // threads * (1024 if pattern.size == "1m" else 4)
+        lines = [*job_lines(self.place, pattern, depth), f"size={SIZE_MIB}m", f"io_size={size_kib}k"]
+        before = [machine.processor_s() for machine in self.measured]
+        self.runs_on.run(fio_script([lines]))
+        return [machine.processor_s() - begin for machine, begin in zip(self.measured, before, strict=True)]
 
 
 def main() -> None:
@@ -80,7 +91,7 @@ def main() -> None:
         cluster = NvmeCluster(options.guest, Path(directory), addresses=("10.8.0.1",), nodes=("node-a",))
         try:
             cluster.start()
-            measure_network(cluster, report, *((1, 16, 256) if options.quick else (3, 64, 2048)))
+            measure_network(cluster, report, *((1, 16) if options.quick else (2, 128)))
         except BaseException:
             print(cluster.logs())
             raise
