@@ -22,9 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from csi_driver.deadline import Deadline
 from csi_driver.embedded.pool import Pool
 from csi_driver.errors import DriverError, OperationPending, PreconditionFailed
-from csi_driver.host import drives, ioctls
+from csi_driver.host import block_devices, drives, ioctls
 from csi_driver.host.drives import NamedDrives
 from csi_driver.host.filesystem import LinuxFilesystems
 from csi_driver.host.mounts import LinuxMounts
@@ -62,7 +63,10 @@ class Machine:
         return PoolDrive(path or self.by_id(name), self.pool, NamedDrives(self.dev))
 
     def unmount(self) -> None:
+        """Unmount the pool. A mount namespace of another process may keep its filesystem for a moment."""
         shell("umount", str(self.pool))
+        device = Path(str(self.drive.loop.node))
+        assert Deadline.after(60).wait_until(lambda: not block_devices.is_claimed(device))
 
     def refuses(self, match: str, drive: PoolDrive | None = None) -> None:
         """The drive is refused, and nothing on it has changed."""
@@ -172,7 +176,7 @@ def test_a_pool_that_is_mounted_elsewhere_is_shared_with_the_kernel(machine: Mac
     machine.named().mount()
     elsewhere = machine.host.place("elsewhere")
     shell("mount", str(machine.drive.loop.node), str(elsewhere))
-    machine.unmount()
+    shell("umount", str(machine.pool))
     (elsewhere / "file").write_text("data")
     machine.named().mount()
     assert (machine.pool / "file").read_text() == "data"
@@ -270,7 +274,7 @@ def killed_before(call: Callable[..., object], count: list[int], at: int) -> Cal
 
 
 def test_a_manager_killed_at_any_step_of_a_format_goes_on(machine: Machine) -> None:
-    """Before and after each record, mkfs and mount."""
+    """Before each look at the directory, record, mkfs and mount."""
     steps = ((UsageRecords, "write"), (LinuxFilesystems, "make"), (LinuxMounts, "mount"), (os, "listdir"))
     at, reached = 0, True
     while reached:
@@ -353,7 +357,7 @@ def test_a_mounted_pool_is_left_as_it_is(machine: Machine) -> None:
 
 CONTAINER = """
 import sys; from pathlib import Path
-from csi_driver.host import drives, ioctls
+from csi_driver.host import block_devices, drives, ioctls
 from csi_driver.host.drives import NamedDrives; from csi_driver.local.pool_drive import PoolDrive
 pool = Path(sys.argv[2])
 PoolDrive(Path(sys.argv[1]), pool, NamedDrives(Path(sys.argv[3]))).mount()

@@ -38,7 +38,7 @@ def test_a_logical_volume_becomes_a_pool_and_its_member_does_not(machine: Machin
             PoolDrive(named.resolve(), machine.pool).mount()
         PoolDrive(named, machine.pool).mount()
         (machine.pool / "file").write_text("data")
-        machine.unmount()
+        shell("umount", str(machine.pool))
         PoolDrive(named, machine.pool).mount()
         assert (machine.pool / "file").read_text() == "data"
     finally:
