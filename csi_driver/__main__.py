@@ -155,6 +155,7 @@ def _storage(command: StorageCommand) -> int:
     from csi_driver.host.luks import LuksFiles
     from csi_driver.host.reflink import ReflinkedFiles
     from csi_driver.host.sparse_files import SparseFiles
+    from csi_driver.local.pool_drive import PoolDrive, require_no_drive
     from csi_driver.telemetry import tracing
     from csi_driver.telemetry.metrics import process
     from csi_driver.telemetry.pages import serving
@@ -171,9 +172,9 @@ def _storage(command: StorageCommand) -> int:
         )
 
     if command.storage.drive is not None:
-        from csi_driver.local.pool_drive import PoolDrive
-
         PoolDrive(command.storage.drive, command.storage.pool_directory).mount()
+    else:
+        require_no_drive(command.storage.pool_directory)
     headers = LuksFiles()
     freezes = Freezer(command.storage.pool_directory)
     can_encrypt = headers.are_possible()

@@ -21,8 +21,8 @@ from csi_driver.host.devices import LinuxDevices
 from csi_driver.host_model import Device, DeviceNumber, OpenDevice, VolumeStatus
 
 _DEV = Path("/dev")
-_STABLE = ("disk/by-id", "disk/by-path", "disk/by-uuid", "mapper", "md")
-"""Directories of names that mean the same drive after a reboot."""
+_STABLE = ("disk/by-id", "disk/by-path", "mapper", "md")
+"""Directories of names that mean the same drive after a reboot. Those by uuid may mean a copy of it."""
 _PAGE_BYTES = 4096
 
 

@@ -7,8 +7,12 @@ a pool in use is the node's usage record, in the directory below the mount.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -88,17 +92,21 @@ class PoolDrive:
 
     def _pool_on(self, opened: OpenDevice, record: UsageRecord | None) -> str:
         """Return the uuid of the pool on the drive; empty where its filesystem is to be made."""
-        content = LinuxFilesystems(self.drives).probe(opened, deadline=Deadline.after(_PROBE_LIMIT_S))
+        content = self._probe(opened)
         begun = record.volume_uuid if record is not None and not record.is_use else ""
         match content:
             case Filesystem(fs_type="xfs", uuid=uuid, label=label) if label == LABEL:
+                # A complete one is never made again: another machine, which has no record, may have used it since.
                 if record is None or begun or record.volume_uuid == uuid:
-                    return uuid if uuid != begun else ""
+                    return uuid
             case Blank() if record is None or begun:
                 return ""
             case OtherContent(is_complete=False) if begun and self.drives.first_data_is_of(opened, begun):
                 return ""
         raise ContentRefused(self._refusal(content, record))
+
+    def _probe(self, opened: OpenDevice) -> Content:
+        return LinuxFilesystems(self.drives).probe(opened, deadline=Deadline.after(_PROBE_LIMIT_S))
 
     def _refusal(self, content: Content, record: UsageRecord | None) -> str:
         found = describe(content)
@@ -120,9 +128,13 @@ class PoolDrive:
             raise PreconditionFailed(
                 f"drive {drive.path} has {drive.size_bytes} bytes, expected at least {LEAST_BYTES}"
             )
-        if record is None or not self.drives.first_data_is_of(opened, record.volume_uuid):
+        if record is not None and self.drives.first_data_is_of(opened, record.volume_uuid):
+            uuid = record.volume_uuid
+        else:
             self._prove_blank(opened, filesystems)
-        uuid = record.volume_uuid if record is not None else str(uuid4())
+            uuid = str(uuid4())  # not that of a format that was begun: it may be on another drive
+            if record is not None:
+                records.remove(record.volume_uuid)
         records.write(UsageRecord(uuid, _FIRST, XFS))
         filesystems.make(opened, XFS, _MKFS, uuid=uuid)
         _LOG.info("formatted drive %s as pool %s", drive.path, uuid)
@@ -136,7 +148,33 @@ class PoolDrive:
             _LOG.info("drive %s: %d of %d bytes read and blank", path, done_bytes, total_bytes)
 
         _LOG.info("reading every block of drive %s before it is formatted", path)
-        offset = filesystems.first_data(opened, deadline=None, progress=log)
-        if offset is not None:
-            found = OtherContent(f"data at byte {offset} that nothing recognises")
+        with _ended_by_signals():
+            offset = filesystems.first_data(opened, deadline=None, progress=log)
+        found: Content = OtherContent(f"data at byte {offset} that nothing recognises")
+        if offset is None:
+            found = self._probe(opened)  # a program that takes no lock may have written meanwhile, for hours
+        if not isinstance(found, Blank):
             raise ContentRefused(self._refusal(found, None))
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the block. The kernel gives process 1 of a container none that it does not handle."""
+    before = {each: signal.signal(each, lambda *_: sys.exit(1)) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def require_no_drive(directory: Path) -> None:
+    """Raises `PreconditionFailed` where a drive has been the pool: an empty pool would take its place."""
+    records = UsageRecords(directory)
+    for identity in records.recorded():
+        record = records.read(identity)
+        if record is not None and record.is_use:
+            raise PreconditionFailed(
+                f"{directory} was the place of the pool {identity} on a drive, not mounted now: set --drive; to "
+                f"begin with another pool, remove the record {records.path_of(identity)}"
+            )
