@@ -222,6 +222,8 @@ class StorageSettings:
             yield "--client names a client twice"
         if len({client.device_directory for client in self.clients}) != len(self.clients):
             yield "--client gives two clients one directory, expected one of its own for each"
+        if self.export_addresses and self.export == LOOP:
+            yield f"--export-address: expected --export {NVME_TCP} or {AUTO}, as loop devices have no address"
         if len(set(self.export_addresses)) != len(self.export_addresses):
             yield "--export-address names an address twice"
         if len(self.export_addresses) > _MOST_PORTALS:

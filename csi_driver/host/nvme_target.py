@@ -83,17 +83,19 @@ class NvmeTarget:
         return sock_diag.addresses()
 
     def why_not(self) -> str:
+        module = "nvmet-tcp"
         try:
             self.files.prepare()
             if not self.files.is_writable():
                 return f"{self.files.root} cannot be written: run as root, in a container as privileged"
+            module = "tcp_diag"
             try:
                 self.sockets((1,))
             except SystemCallFailed:
-                load_module("tcp_diag")
+                load_module(module)
                 self.sockets((1,))
         except HostFailure as problem:
-            return f"the kernel's NVMe target cannot be used: {problem}; load it on the host: modprobe nvmet-tcp"
+            return f"the kernel's NVMe target cannot be used: {problem}; load its module on the host: modprobe {module}"
         return ""
 
     def exported(self, pool_uuid: str = "") -> tuple[TargetExport, ...]:

@@ -20,7 +20,7 @@ from csi_driver.embedded.nvme_engine import REFUSED_S
 from csi_driver.embedded.pool import Pool
 from csi_driver.embedded.settings import ClientSettings, StorageSettings, read_portal
 from csi_driver.embedded.status import EmbeddedStatus
-from csi_driver.errors import PreconditionFailed
+from csi_driver.errors import PreconditionFailed, SystemCallFailed
 from csi_driver.host.nvme_target import NvmeTarget
 from csi_driver.host.sock_diag import addresses
 from csi_driver.nvme_model import host_nqn, split_path
@@ -992,6 +992,21 @@ def test_only_an_address_that_nodes_can_reach_is_a_portal(value: str) -> None:
 def test_only_a_range_of_ports_is_one(value: str) -> None:
     with pytest.raises(ValueError, match="LOW-HIGH"):
         read_ports(value)
+
+
+def test_an_address_without_an_export_over_nvme_tcp_is_a_mistake(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, export_addresses=("10.0.0.1",))
+    mistake = "--export-address: expected --export nvme-tcp or auto, as loop devices have no address"
+    assert mistake in settings.problems()
+    assert mistake not in replace(settings, export="nvme-tcp").problems()
+
+
+def test_a_kernel_without_a_list_of_connections_lacks_tcp_diag(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connections(_: object) -> dict[int, tuple[()]]:
+        raise SystemCallFailed("ask the kernel for TCP connections", errno.ENOENT)
+
+    monkeypatch.setattr("csi_driver.host.nvme_target.load_module", lambda _: None)
+    assert NvmeTarget(NvmeKernel().configfs, connections).why_not().endswith("modprobe tcp_diag")
 
 
 def test_an_address_is_needed_to_export(tmp_path: Path) -> None:
