@@ -36,7 +36,7 @@ def test_a_logical_volume_becomes_a_pool_and_its_member_does_not(machine: Machin
         shell("lvcreate", "--yes", "--zero", "n", "--extents", "100%FREE", "--name", "pool", GROUP)
         machine.refuses("holds LVM2_member")
         named = Path("/dev") / GROUP / "pool"
-        with pytest.raises(PreconditionFailed, match=r"a name that means the same drive.*use /dev/mapper/.*pool"):
+        with pytest.raises(PreconditionFailed, match=r"a name that means the same drive.*/dev/mapper/.*-pool"):
             PoolDrive(named.resolve(), machine.pool).mount()
         PoolDrive(named, machine.pool).mount()
         (machine.pool / "file").write_text("data")
