@@ -27,7 +27,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 
 def test_a_logical_volume_becomes_a_pool_and_its_member_does_not(machine: Machine) -> None:
-    number = os.stat(machine.drive.loop.node).st_rdev
+    number = os.stat(str(machine.drive.loop.node)).st_rdev
     node = str(Path(f"/dev/block/{os.major(number)}:{os.minor(number)}").resolve())  # LVM knows only names of udev
     shell("pvcreate", node)
     machine.refuses("holds LVM2_member")
