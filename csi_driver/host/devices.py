@@ -353,9 +353,9 @@ class LinuxDevices:
             )
         self._nvme.connect(volume, holder, deadline=deadline)
 
-    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
+    def disconnect(self, name: str, holder: str, *, is_over: bool = False, deadline: Deadline) -> None:
         if self._nvme is not None:
-            self._nvme.disconnect(name, holder, deadline=deadline)
+            self._nvme.disconnect(name, holder, is_over=is_over, deadline=deadline)
 
     def connection(self, name: str) -> VolumeStatus | None:
         return self._nvme.volume(name) if self._nvme is not None else None
@@ -369,9 +369,8 @@ class LinuxDevices:
     def remove_orphan(self, orphan: NvmeOrphan, *, deadline: Deadline) -> bool:
         name = self.name_of(orphan.number) if orphan.number is not None else None
         is_claimed = orphan.number is not None and block_devices.is_number_claimed(orphan.number, self._root)
-        if self._nvme is None or is_claimed:
+        if self._nvme is None or is_claimed or not self._nvme.end_orphan(orphan.nqn, deadline):
             return False
-        self._nvme.end_subsystem(orphan.nqn, deadline)
         if name is not None:
             self.path_of(name).unlink(missing_ok=True)
         return True

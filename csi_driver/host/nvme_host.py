@@ -112,6 +112,10 @@ class Sysfs:
         name = self._places.get(nqn)
         return self._described(name, nqn) if name is not None else None
 
+    def lasting_paths(self, nqn: str) -> frozenset[str]:
+        subsystem = self.find(nqn)
+        return frozenset(each.path for each in subsystem.lasting) if subsystem is not None else frozenset()
+
     def look_at_all(self) -> None:
         """Note the places of all subsystems; reads the names of those that are new."""
         seen = {entry: self._nqns.get(entry) or self._nqn_of(entry[0]) for entry in _entries(self._subsystems)}

@@ -90,8 +90,11 @@ class Devices(Protocol):
         another namespace and where the target refuses, and `StorageUnavailable`.
         """
 
-    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
-        """Remove the holder, and the connection with the last one. Raises `StorageUnavailable` while that remains."""
+    def disconnect(self, name: str, holder: str, *, is_over: bool = False, deadline: Deadline) -> None:
+        """Remove the holder, and the connection with the last one. Raises `StorageUnavailable` while that remains.
+
+        `is_over`: the attachment is, so that no write arrives. Else a device that may be in use stays connected.
+        """
 
     def connection(self, name: str) -> VolumeStatus | None:
         """Return the status of a volume that this node connected; None for all others."""
@@ -102,7 +105,7 @@ class Devices(Protocol):
     def orphans(self) -> Sequence[NvmeOrphan]: ...
 
     def remove_orphan(self, orphan: NvmeOrphan, *, deadline: Deadline) -> bool:
-        """End such a connection; False while its device is claimed."""
+        """End such a connection; False while its device is claimed, or when a record names it by now."""
 
 
 class Attachments(Protocol):

@@ -228,7 +228,7 @@ class Stage:
         with suppress(StorageUnavailable):  # its device may be mounted: then only the I/O has ended
             for holder in connection.holders or ("",):
                 in_time = deadline.at_most(_LOST_CLOSE_TIMEOUT_S)
-                self.devices.disconnect(volume.name, holder, deadline=in_time)
+                self.devices.disconnect(volume.name, holder, is_over=bool(is_lost), deadline=in_time)
         self.ownership.unmount(path, volume)
 
     def _connection(self, volume: NodeVolume) -> VolumeStatus | None:

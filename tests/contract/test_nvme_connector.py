@@ -463,6 +463,23 @@ def test_a_device_that_is_claimed_is_not_disconnected_whatever_its_node(machine:
     assert machine.volumes.sysfs.find(export.nqn) is None
 
 
+@only_fake
+def test_a_device_without_a_path_stays_connected_whatever_its_node(machine: Machine, volume: str) -> None:
+    """Only the end of the attachment lets it go: then no write arrives."""
+    export = machine.export(volume)
+    machine.connect(export)
+    claim = os.open(machine.node, os.O_RDONLY | os.O_EXCL)
+    machine.node.unlink()
+    kernel_of(machine).cut(V4)
+    with pytest.raises(StorageUnavailable, match="not known whether it is closed"):
+        machine.volumes.disconnect(NAME, HOLDER, deadline=soon())
+    os.close(claim)
+    assert machine.controllers(export)
+    assert machine.volumes.names() == {NAME}
+    machine.volumes.disconnect(NAME, HOLDER, is_over=True, deadline=soon())
+    assert machine.volumes.sysfs.find(export.nqn) is None
+
+
 def test_a_disconnect_needs_no_identity_of_the_node(machine: Machine, volume: str) -> None:
     """The storage client of a node that got one may be starting."""
     export = machine.export(volume)
@@ -830,6 +847,43 @@ def test_a_connect_does_not_replace_the_record_that_another_driver_has_made_mean
     assert (status.nqn, status.holders, status.io_enabled) == (later.nqn, ("/staging/b",), True)
 
 
+def connect_again_before(volumes: NvmeVolumes, step: str, machine: Machine, export: TargetExport) -> None:
+    """Let another driver of the node end the connection and make it again, right before a step of this one."""
+    owner = volumes.records if step == "put" else volumes
+    later = getattr(owner, step)
+
+    def late(*arguments: object, **named: object) -> object:
+        setattr(owner, step, later)
+        second, _ = machine.restarted()
+        second.disconnect(NAME, HOLDER, deadline=soon())
+        machine.connect(export)
+        return later(*arguments, **named)
+
+    setattr(owner, step, late)
+
+
+def test_a_disconnect_does_not_end_the_equal_connection_that_another_driver_has_made_meanwhile(
+    machine: Machine, volume: str
+) -> None:
+    first, export = machine.volumes, machine.export(volume)
+    machine.connect(export)
+    connect_again_before(first, "put", machine, export)
+    with pytest.raises(StorageUnavailable, match="another driver of this node"):
+        first.disconnect(NAME, HOLDER, deadline=soon())
+    assert (machine.status().holders, machine.io_enabled()) == ((HOLDER,), True)
+
+
+def test_a_disconnect_that_was_overtaken_while_it_waited_ends_nothing(machine: Machine, volume: str) -> None:
+    first, export = machine.volumes, machine.export(volume)
+    machine.connect(export)
+    connect_again_before(first, "_finish_changes", machine, export)
+    entries = machine.volumes.sysfs.entries()
+    first.disconnect(NAME, HOLDER, deadline=soon())
+    assert machine.io_enabled()
+    assert machine.volumes.sysfs.entries() != entries
+    assert machine.node.exists()
+
+
 def test_drivers_of_one_node_change_a_record_one_after_the_other(machine: Machine, volume: str) -> None:
     machine.connect(machine.export(volume))
     first, (second, _) = machine.volumes, machine.restarted()
@@ -891,6 +945,37 @@ def test_an_orphan_whose_device_is_claimed_stays_connected(machine: Machine, vol
     assert devices.remove_orphan(orphan, deadline=soon())
     assert devices.orphans() == ()
     assert not machine.node.exists()
+
+
+def test_an_orphan_that_a_stage_has_recorded_since_it_was_found_stays_connected(machine: Machine, volume: str) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    devices = LinuxDevices(machine.devices, machine.directory / "status", keeper=machine.keeper)
+    machine.volumes.records.remove(NAME)
+    machine.node.unlink()  # so no name tells which volume's lock would do
+    (orphan,) = devices.orphans()
+    machine.connect(export)
+    assert not devices.remove_orphan(orphan, deadline=soon())
+    assert machine.io_enabled()
+
+
+@only_fake
+def test_a_stage_waits_for_the_end_of_an_orphan_and_connects_anew(
+    machine: Machine, volume: str, hanging: Hanging
+) -> None:
+    export = machine.export(volume)
+    machine.connect(export)
+    machine.volumes.records.remove(NAME)
+    kernel_of(machine).before_delete = hanging
+    with ThreadPoolExecutor(2) as threads:
+        ended = threads.submit(machine.volumes.end_orphan, export.nqn, soon())
+        assert hanging.entered.wait(WAIT_S)
+        with pytest.raises(DeadlineReached, match="an earlier connection"):
+            machine.connect(export, within_s=0.1)
+        hanging.let_go.set()
+        assert ended.result()
+    machine.connect(export)
+    assert machine.io_enabled()
 
 
 def test_a_connection_of_another_pool_is_no_orphan(machine: Machine, volume: str) -> None:

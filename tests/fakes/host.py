@@ -380,7 +380,7 @@ class FakeDevices:
             raise PreconditionFailed(f"{export.nqn}: expected the uuid {uuid}, got {disk.uuid}")
         host.step("after connect")
 
-    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
+    def disconnect(self, name: str, holder: str, *, is_over: bool = False, deadline: Deadline) -> None:
         host = self._host
         host.step("before disconnect")
         found = host.connections.get(name)

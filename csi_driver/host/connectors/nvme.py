@@ -29,7 +29,7 @@ from csi_driver.errors import (
     same_again,
 )
 from csi_driver.host import block_devices
-from csi_driver.host.connectors.nvme_proof import NAMESPACE, proven, why_no_io
+from csi_driver.host.connectors.nvme_proof import NAMESPACE, proven, require_closed, why_no_io
 from csi_driver.host.connectors.nvme_records import Connection, Records
 from csi_driver.host.nvme_configfs import load_module
 from csi_driver.host.nvme_host import HOST_REFUSED, LIVE, NO_SUBSYSTEM, Fabrics, Subsystem, Sysfs
@@ -115,14 +115,15 @@ class NvmeVolumes:
             raise PreconditionFailed(
                 f"this node has connected another volume of the name {name}, {before.uuid}: unstage that one first"
             )
-        present: Collection[str] = ()  # without a record of this subsystem nothing is connected
         if before is not None and (before.export.nqn != export.nqn or is_left):
             self._end(before, deadline)
             before = None
         elif before is not None:
             record = replace(record, holders=before.holders | record.holders)
-            present = self._paths_of(record)
         self.records.put(record, before)
+        for job in self._jobs.running("delete", export.nqn):  # of a connection that had no record
+            self._wait(job, f"an earlier connection of volume {name} to close", deadline)
+        present = self.sysfs.lasting_paths(export.nqn) if before is not None else ()  # else none has been connected
         self._connect_paths(record, [path for path in export.paths if path not in present], deadline)
         if not deadline.wait_until(lambda: self.place_node(record), first_s=_FIRST_S, most_s=_MOST_S):
             missing = why_no_io(record, self.sysfs.find(export.nqn)) or "its block device is not made yet"
@@ -138,7 +139,7 @@ class NvmeVolumes:
                 self._wait(self.start_connect(record, path), f"volume {record.name} to connect at {path}", deadline)
             except DriverError as failure:
                 failures.append(failure)
-        if self._paths_of(record):
+        if self.sysfs.lasting_paths(record.export.nqn):
             return
         if any(isinstance(each, Refused) for each in failures):
             self.mark_refused(record)
@@ -148,10 +149,6 @@ class NvmeVolumes:
             f"no path of volume {record.name} accepts a connection within {PROBE_S:.0f} s: "
             f"{', '.join(record.export.paths)}; check the storage machine and its network, a retry continues"
         )
-
-    def _paths_of(self, record: Connection) -> frozenset[str]:
-        subsystem = self.sysfs.find(record.export.nqn)
-        return frozenset(each.path for each in subsystem.lasting) if subsystem is not None else frozenset()
 
     def start_connect(self, record: Connection, path: str) -> Job[None]:
         """Start to connect one path, unless that runs already."""
@@ -210,7 +207,6 @@ class NvmeVolumes:
         if self._options is None:
             self._options = self.fabrics.options()
         node_id, (address, port) = self.node_id(), split_path(path)
-        asked = record.options
         keys = self.keys.get() if self.keys is not None else None
         options = {
             "transport": "tcp",
@@ -219,11 +215,11 @@ class NvmeVolumes:
             "nqn": record.export.nqn,
             "hostnqn": host_nqn(node_id),
             "hostid": host_uuid(node_id),
-            "nr_io_queues": str(asked.io_queues or min(MOST_IO_QUEUES, os.cpu_count() or 1)),
+            "nr_io_queues": str(record.options.io_queues or min(MOST_IO_QUEUES, os.cpu_count() or 1)),
             "queue_size": str(_QUEUE_SIZE),
             "keep_alive_tmo": str(KEEP_ALIVE_S),
             "reconnect_delay": str(_RECONNECT_DELAY_S),
-            "ctrl_loss_tmo": str(asked.io_timeout_s or IO_TIMEOUT_S),
+            "ctrl_loss_tmo": str(record.options.io_timeout_s or IO_TIMEOUT_S),
         }
         known = {key: text for key, text in options.items() if key in self._options}
         if keys is not None:
@@ -301,7 +297,7 @@ class NvmeVolumes:
 
     # --- disconnect ------------------------------------------------------------------------------------------------
 
-    def disconnect(self, name: str, holder: str, *, deadline: Deadline) -> None:
+    def disconnect(self, name: str, holder: str, *, is_over: bool = False, deadline: Deadline) -> None:
         """End the connection of a volume when this was its last holder; may be repeated.
 
         Returns when the subsystem has left sysfs; else raises a `StorageUnavailable`, also while the device is claimed.
@@ -310,30 +306,26 @@ class NvmeVolumes:
         if record is None:
             return
         if record.holders - {holder} and not record.is_ending:
-            self.records.change(record, lambda now: replace(now, holders=now.holders - {holder}))
+            self.records.put(replace(record, holders=record.holders - {holder}), record)
             return
-        self._end(record, deadline)
+        self._end(record, deadline, is_over=is_over)
 
-    def _end(self, record: Connection, deadline: Deadline) -> None:
-        self._require_unclaimed(record)
-        self.records.change(record, lambda now: replace(now, is_ending=True))
+    def _end(self, record: Connection, deadline: Deadline, *, is_over: bool = False) -> None:
+        require_closed(record, self.sysfs.find(record.export.nqn), self._device_root, is_over=is_over)
+        self.records.put(replace(record, is_ending=True), record)
         self._finish_changes(record, deadline)
-        self.end_subsystem(record.export.nqn, deadline)
+        if self._is_ending(record):
+            self.end_subsystem(record.export.nqn, deadline)
         with self.records.changing():
-            now = self.records.get(record.name)
-            if now is None or now.export.nqn != record.export.nqn or not now.is_ending:
+            if not self._is_ending(record):
                 return  # another driver of this node was quicker, and may have connected the volume again
             if self.has_node(record.name):
                 (self._device_root / record.name).unlink(missing_ok=True)
             self.records.remove(record.name)
 
-    def _require_unclaimed(self, record: Connection) -> None:
-        subsystem = self.sysfs.find(record.export.nqn)
-        if subsystem is None or not any(each.is_usable for each in subsystem.controllers):
-            return  # nothing is lost any more, or to open the device could hang
-        for head in subsystem.heads:
-            if block_devices.is_number_claimed(head.number, self._device_root):
-                raise StorageUnavailable(f"{head.name} of volume {record.name} is in use: it stays connected")
+    def _is_ending(self, record: Connection) -> bool:
+        now = self.records.get(record.name)
+        return now is not None and now.export.nqn == record.export.nqn and now.is_ending
 
     def _finish_changes(self, record: Connection, deadline: Deadline) -> None:
         """Wait for connects, whose controllers would come after the others have gone, and for a delayed removal."""
@@ -343,6 +335,15 @@ class NvmeVolumes:
                     self._wait(job, "", deadline)
                 if not job.done():
                     raise DeadlineReached(f"volume {record.name} to connect before it is disconnected")
+
+    def end_orphan(self, nqn: str, deadline: Deadline) -> bool:
+        """As `end_subsystem`; False when a record names it by now. One made from now on waits for the end."""
+        with self.records.changing():
+            if any(each.export.nqn == nqn for each in self.records.all().values()) or self.records.unreadable:
+                return False
+            self.start_deletes(nqn)
+        self.end_subsystem(nqn, deadline)
+        return True
 
     def end_subsystem(self, nqn: str, deadline: Deadline) -> None:
         """End all connections of this node to a subsystem, and wait until it has left sysfs. Its device is closed."""

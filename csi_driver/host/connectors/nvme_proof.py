@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from csi_driver.errors import PreconditionFailed
+from pathlib import Path
+
+from csi_driver.errors import PreconditionFailed, StorageUnavailable
+from csi_driver.host import block_devices
 from csi_driver.host.connectors.nvme_records import Connection
 from csi_driver.host.nvme_host import LIVE, Head, Subsystem
 
@@ -26,6 +29,25 @@ def why_no_io(record: Connection, subsystem: Subsystem | None) -> str:
         return ""
     states = ((each, each.ana_states if each.state == LIVE else ()) for each in subsystem.controllers)
     return ", ".join(f"the path {each.path} is {' '.join((each.state, *ana))}" for each, ana in states)
+
+
+def require_closed(record: Connection, subsystem: Subsystem | None, devices: Path, *, is_over: bool) -> None:
+    """Raise `StorageUnavailable` if the device may be in use, unless its attachment is over: then no write arrives.
+
+    Without a path the device is not opened, as that could hang. Nothing else shows a write that an unmount or a last
+    close waits for, so the device counts as used: the path may come back. `devices`: where a node of it can be made.
+    """
+    if subsystem is None or not subsystem.heads:
+        return
+    head = subsystem.heads[-1]
+    if any(each.is_usable for each in subsystem.controllers):
+        if any(block_devices.is_number_claimed(each.number, devices) for each in subsystem.heads):
+            raise StorageUnavailable(f"{head.name} of volume {record.name} is in use: it stays connected")
+    elif not (is_over or record.is_refused or record.is_ending):
+        raise StorageUnavailable(
+            f"{head.name} of volume {record.name} is without I/O, and it is not known whether it is closed: it stays "
+            "connected; retry when I/O is back"
+        )
 
 
 def proven(record: Connection, subsystem: Subsystem) -> Head:

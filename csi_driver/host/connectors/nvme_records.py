@@ -129,9 +129,12 @@ class Records:
             return self._read(name)
 
     def put(self, record: Connection, seen: Connection | None) -> None:
-        """Write a record in place of the one that was seen; raises `StorageUnavailable` when that has changed since."""
+        """Write a record in place of the one that was seen; raises `StorageUnavailable` when that has changed since.
+
+        An equal record in another file is another one: of a connection that was ended and made again.
+        """
         with self.changing():
-            if self._read(record.name) != seen:
+            if self._read(record.name) is not seen:
                 raise StorageUnavailable(f"another driver of this node works on volume {record.name}; retry")
             self._write(record)
 
