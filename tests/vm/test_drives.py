@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi_driver.errors import PreconditionFailed
-from csi_driver.local.pool_drive import PoolDrive
+from csi_driver.local.pool_drive import LEAST_BYTES, PoolDrive
 from tests.contract.host_machine import host_machine, shell
 from tests.integration.real_node import clear
 from tests.integration.test_pool_drive import Machine
@@ -27,14 +27,15 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 
 def test_a_logical_volume_becomes_a_pool_and_its_member_does_not(machine: Machine) -> None:
+    machine.drive = machine.connect("member", 2 * LEAST_BYTES)
     number = os.stat(str(machine.drive.loop.node)).st_rdev
     node = str(Path(f"/dev/block/{os.major(number)}:{os.minor(number)}").resolve())  # LVM knows only names of udev
     shell("pvcreate", node)
-    machine.refuses("holds LVM2_member")
+    machine.refuses("holds LVM2_member", machine.named("member"))
     shell("vgcreate", GROUP, node)
     try:
         shell("lvcreate", "--yes", "--zero", "n", "--extents", "100%FREE", "--name", "pool", GROUP)
-        machine.refuses("holds LVM2_member")
+        machine.refuses("holds LVM2_member", machine.named("member"))
         named = Path("/dev") / GROUP / "pool"
         with pytest.raises(PreconditionFailed, match=r"a name that means the same drive.*/dev/mapper/.*-pool"):
             PoolDrive(named.resolve(), machine.pool).mount()
