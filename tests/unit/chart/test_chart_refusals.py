@@ -123,6 +123,10 @@ def test_the_schema_says_which_value_is_wrong(values: dict[str, Any], words: str
         ),
         ((*EMBEDDED, "storage.drive=/dev/dm-0"), "expected a name that the drive keeps, got /dev/dm-0"),
         ((*EMBEDDED, "storage.drive=pool"), "expected a name that the drive keeps, got pool"),
+        (
+            (*EMBEDDED, "storage.drive=/dev/disk/by-uuid/1f"),
+            "expected a name that the drive keeps, got /dev/disk/by-uuid",
+        ),
         ((*NVMESH, "storage.drive=/dev/disk/by-id/nvme-1"), "storage.drive is set and storage.enabled is false"),
         ((*EXPORTED, "storage.listenHost=[::]"), "storage.listenHost: expected an address of the node, got [::]"),
         ((*EXPORTED, "attachBy=node"), "a volume of a dead node could not be moved"),

@@ -36,7 +36,7 @@
 {{- if and $v.storage.drive $v.storage.poolDirectory -}}
 {{- fail "storage.drive and storage.poolDirectory are both set: the pool is on the drive, or in the directory; set only one" -}}
 {{- end -}}
-{{- if not (regexMatch "^(/dev/(disk/by-(id|path|uuid)|[^/]+)/[^/]+)?$" $v.storage.drive) -}}
+{{- if not (regexMatch "^(/dev/(disk/by-(id|path)|[^/]+)/[^/]+)?$" $v.storage.drive) -}}
 {{- fail (printf "storage.drive: expected a name that the drive keeps, got %s, which may be another drive after a reboot; name it as /dev/disk/by-id/NAME, /dev/mapper/NAME, /dev/md/NAME or /dev/VG/LV" $v.storage.drive) -}}
 {{- end -}}
 {{- if and $v.storage.drive (not $v.storage.enabled) -}}
